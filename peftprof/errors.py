@@ -1,0 +1,48 @@
+"""The errors a user sees: one line on stderr, exit code 2, no traceback.
+
+    PeftprofError
+    ├── ConfigError     a setting that cannot be: rank 0, an unknown method
+    ├── InputError      a model or dataset that cannot be found, read or used
+    ├── FetchError      a pinned file that could not be fetched or is not the pinned one
+    ├── DeviceError     a device or kernel backend that this machine does not have
+    ├── FolderError     a run folder that is missing, foreign, incomplete or unwritable
+    ├── TraceError      a trace that is missing, truncated, empty or not a trace
+    └── TrainingError   a run that must stop: no gradient, a changed base weight, a loss that is not finite
+
+The message is one sentence that says what is wrong and what to do about it.
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class PeftprofError(Exception):
+    """Base of every error meant for the user; `exit_code` is the process's."""
+
+    exit_code = 2
+
+
+class ConfigError(PeftprofError):
+    """A setting, or a combination of settings, that cannot be."""
+
+
+class InputError(PeftprofError):
+    """A model or a dataset that cannot be found, read or used."""
+
+
+class FetchError(PeftprofError):
+    """A pinned file that could not be fetched, or is not the pinned one."""
+
+
+class DeviceError(PeftprofError):
+    """A device or a kernel backend that this machine does not have."""
+
+
+class FolderError(PeftprofError):
+    """A run folder that is missing, foreign, incomplete or unwritable."""
+
+
+class TraceError(PeftprofError):
+    """A trace that is missing, truncated, empty or not a trace."""
+
+
+class TrainingError(PeftprofError):
+    """A run that must stop because going on would give a wrong result."""

@@ -1,0 +1,259 @@
+"""Frozen results that travel between making, reading and showing; no torch here.
+
+`RunRecord` is the content of a run folder's `run.json`; `Breakdown` is what a trace
+becomes. Both turn into plain JSON with `encode`; `decode` is its inverse.
+Times are nanoseconds (`*_ns`) or seconds (`*_s`), memory is bytes (`*_bytes`).
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PHASES = ("data", "forward", "backward", "optimizer", "other")
+CATEGORIES = (
+    "dequant",
+    "base_gemm",
+    "adapter_gemm",
+    "attention",
+    "elementwise",
+    "embedding",
+    "head_loss",
+    "optimizer",
+    "memcpy",
+    "communication",
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, smallest and largest of a quantity over the steps it was seen in."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase x category of a breakdown, per step.
+
+    `ns` is the median over steps, scaled with all other rows, idle and unattributed so
+    that together they are the median step; `min_ns` and `max_ns` are as seen, unscaled.
+    `count` is the median number of operators or kernels in a step.
+    """
+
+    phase: str
+    category: str
+    ns: float
+    share: float
+    count: float
+    min_ns: float
+    max_ns: float
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator or kernel name: self time and calls per step (mean over steps)."""
+
+    name: str
+    category: str
+    ns: float
+    share: float
+    count: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where one run's median step went. `rows` + idle + unattributed = `step_ns.median`."""
+
+    name: str
+    source: str
+    device: str
+    steps: int
+    step_ns: Spread
+    rows: tuple[Row, ...]
+    unattributed_ns: float
+    idle_ns: float
+    idle_by_phase_ns: dict[str, float]
+    overlap_ns: float
+    operators: tuple[Operator, ...]
+    unattributed_operators: tuple[Operator, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model of a run: `fingerprint` is SHA-256 over names, shapes and bytes of its weights."""
+
+    name: str
+    source: str
+    family: str
+    fingerprint: str
+    parameters: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """The data of a run: `fingerprint` is SHA-256 over texts and labels of both splits."""
+
+    name: str
+    source: str
+    split: str
+    fingerprint: str
+    train_examples: int
+    validation_examples: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Trainable parameters: `live` got a gradient, `nominal` ask for one, `packed` as stored.
+
+    `total` counts every parameter of the model at its unpacked size; `packed_total` counts
+    4-bit weights as the bytes they are stored in, the figure many tools print by mistake.
+    """
+
+    live: int
+    nominal: int
+    total: int
+    packed_total: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of the timed pass in bytes; None with its reason in `absent` when not measurable."""
+
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+    nvml_bytes: int | None
+    rss_bytes: int | None
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Energy of the timed steps in joules by counter; `absent` says why one is missing."""
+
+    joules: dict[str, float]
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Validation accuracy with its 95 % Wilson interval (Wilson 1927)."""
+
+    correct: int
+    examples: int
+    accuracy: float
+    low: float
+    high: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The unprofiled pass. Warm-up steps, evaluation and checkpoints are outside every figure."""
+
+    steps: int
+    warmup_steps: int
+    seconds: float
+    samples_per_s: float
+    real_tokens_per_s: float
+    padded_tokens_per_s: float
+    real_tokens_per_step: float
+    padded_tokens_per_step: float
+    step_p50_ms: float
+    step_p95_ms: float
+    step_p99_ms: float
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """The short profiled pass, whose times are never mixed into the timed results.
+
+    `overhead` is the profiled steps' time over the same steps unprofiled; None when the
+    timed pass was too short to hold them. `same_losses` says whether its losses equalled
+    the timed pass's bit by bit over the steps both ran.
+    """
+
+    profiler: str
+    trace: str | None
+    active_steps: int
+    step_p50_ms: float
+    overhead: float | None
+    same_losses: bool | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything needed to understand a run years later: the content of `run.json`."""
+
+    version: int
+    name: str
+    state: str  # "running" or "complete"
+    created: str  # ISO 8601, with its offset
+    command: tuple[str, ...]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    model: ModelInfo | None = None
+    data: DataInfo | None = None
+    target_modules: tuple[str, ...] = ()
+    head_modules: tuple[str, ...] = ()
+    trainable: Trainable | None = None
+    base_sha256: str | None = None  # frozen weights, equal before and after, or the run failed
+    timed: Timed | None = None
+    accuracy: Accuracy | None = None
+    memory: Memory | None = None
+    energy: Energy | None = None
+    profiled: Profiled | None = None
+
+
+def encode(record: Any) -> Any:
+    """A record as plain JSON values."""
+    return dataclasses.asdict(record)
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """The record of type `kind` in `value`, as `encode` wrote it.
+
+    Fields that `kind` does not know are passed over, so an older reader opens a newer file.
+    Raises KeyError, TypeError or ValueError where `value` is not such a record.
+    """
+    return typing.cast(T, _decode(kind, value))
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(a for a in args if a is not type(None)), value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        required = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if not isinstance(value, dict) or required - value.keys():
+            raise ValueError(f"not a {getattr(kind, '__name__', kind)}: {str(value)[:80]}")
+        return typing.cast(Any, kind)(
+            **{k: _decode(hints[k], v) for k, v in value.items() if k in hints}
+        )
+    if origin is tuple:
+        return tuple(_decode(args[0], v) for v in value)
+    if origin is dict:
+        return {k: _decode(args[1], v) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise ValueError(f"{value!r:.80} is not {kind.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Makes a run: data, model, adapters, loop, capture, meters, folder."""

@@ -1,0 +1,1 @@
+"""Reads a trace: events, attribution, breakdown. Imports no torch."""
