@@ -7,7 +7,7 @@
     ├── DeviceError     a device or kernel backend that this machine does not have
     ├── FolderError     a run folder that is missing, foreign, incomplete or unwritable
     ├── TraceError      a trace that is missing, truncated, empty or not a trace
-    └── TrainingError   a run that must stop: no gradient, a changed base weight, a loss that is not finite
+    └── TrainingError   a run that must stop: no gradient, changed base weights, a loss of nan
 
 The message is one sentence that says what is wrong and what to do about it.
 Anything else that escapes is a bug and keeps its traceback.

@@ -1,1 +1,18 @@
 """Tensors in, tensors out: NF4 and LoRA linear algebra that knows no run, trace or PEFT module."""
+
+from peftprof_kernels.lora_linear import draw_seed, dropout_mask, lora_linear, nf4_linear
+from peftprof_kernels.nf4 import NF4Weight, block_scales, dequantize
+from peftprof_kernels.spans import Listener, set_listener, span
+
+__all__ = [
+    "Listener",
+    "NF4Weight",
+    "block_scales",
+    "dequantize",
+    "draw_seed",
+    "dropout_mask",
+    "lora_linear",
+    "nf4_linear",
+    "set_listener",
+    "span",
+]

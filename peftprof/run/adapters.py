@@ -1,0 +1,256 @@
+"""Adapters on a base model, and the kernel backend that computes them.
+
+The one place that knows PEFT's modules, bitsandbytes' QuantState and `peftprof_kernels`
+together. A backend is swapped into the PEFT model in place: parameters, their names and
+what is saved stay PEFT's, so any adapter trained here loads in stock PEFT.
+
+| backend | base | adapter |
+|---|---|---|
+| `bnb` | stock bitsandbytes / nn.Linear | stock PEFT |
+| `torch` | NF4 dequantised by `peftprof_kernels`, library GEMM | one autograd op with it |
+"""
+
+import hashlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from peftprof.config import RunConfig
+from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
+from peftprof.records import Trainable
+from peftprof.run.model import DTYPES, Family, unpacked_size
+from peftprof_kernels.lora_linear import lora_linear, nf4_linear
+from peftprof_kernels.nf4 import NF4Weight, dequantize
+
+
+def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.nn.Module:
+    """`model` ready to train by `config.method`: everything, or a PEFT adapter and the head.
+
+    Raises ConfigError when no module bears a target name or the rank does not fit the
+    layers, DeviceError when the backend would compute wrong numbers on this device.
+    """
+    if config.method == "full":
+        return model.requires_grad_(True)
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    _check_targets(model, config, family)
+    adapted: torch.nn.Module = get_peft_model(
+        model,
+        LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=config.rank,
+            lora_alpha=config.scaling * config.rank,
+            lora_dropout=config.dropout,
+            target_modules=list(family.targets),
+            modules_to_save=list(family.head),
+        ),
+    )
+    for module in linear_4bit(adapted):
+        _make_faithful(module, config)
+    if config.kernels == "torch":
+        use_torch_kernels(adapted, config)
+    return adapted
+
+
+def _check_targets(model: torch.nn.Module, config: RunConfig, family: Family) -> None:
+    for target in family.targets:
+        named = [m for n, m in model.named_modules() if n == target or n.endswith("." + target)]
+        if not named:
+            leaves = sorted(
+                {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)}
+            )
+            raise ConfigError(
+                f"no module of {config.model!r} is called {target!r}; its linear layers are "
+                f"{', '.join(leaves)}"
+            )
+        for module in named:
+            if not _is_linear(module):
+                raise ConfigError(
+                    f"--target-modules {target} of {config.model!r} is no linear layer"
+                )
+            largest = min(module.in_features, module.out_features)
+            if config.rank > largest:
+                raise ConfigError(
+                    f"--rank {config.rank} is more than {largest}, the smaller side of {target!r}"
+                )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def linear_4bit(model: torch.nn.Module) -> Iterator[Any]:
+    """The bitsandbytes Linear4bit modules of `model`."""
+    import bitsandbytes as bnb
+
+    return (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+
+
+def _make_faithful(module: Any, config: RunConfig) -> None:
+    """Keep bitsandbytes from changing what it computes or stores while it runs.
+
+    On CPUs with AVX512-BF16 its first forward without gradients repacks the weight in
+    place, re-quantises the statistics and from then on carries no gradient (0.50.2). Its
+    first forward on any device rounds the bias to the compute dtype in place. The first
+    is switched off; the second is done here, before anything is fingerprinted.
+    """
+    module.support_avx512bf16_for_cpu = False
+    if config.kernels == "bnb" and module.bias is not None:
+        module.bias.data = module.bias.data.to(module.compute_dtype)
+    if config.kernels == "bnb" and module.weight.device.type == "cpu":
+        _check_dequantise(module)
+
+
+def _check_dequantise(module: Any) -> None:
+    import bitsandbytes as bnb
+
+    theirs = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    ours = dequantize(nf4_weight(module), theirs.dtype)
+    # bitsandbytes' CPU code rounds the product differently by at most one unit in the last place.
+    wrong = ~torch.isclose(theirs, ours, rtol=2.0**-7, atol=1e-6)
+    if bool(wrong.any()):
+        raise DeviceError(
+            f"bitsandbytes dequantises {100 * float(wrong.float().mean()):.0f} % of a "
+            f"{module.out_features} x {module.in_features} weight wrongly on this CPU; use "
+            "--kernels torch"
+        )
+
+
+def nf4_weight(module: Any) -> NF4Weight:
+    """The weight of a bitsandbytes Linear4bit as `peftprof_kernels` takes it, no copy made."""
+    state = module.weight.quant_state
+    nested = state.state2
+    return NF4Weight(
+        packed=module.weight.data,
+        shape=tuple(state.shape),
+        blocksize=state.blocksize,
+        absmax=state.absmax,
+        code=state.code,
+        absmax2=nested.absmax if nested else None,
+        code2=nested.code if nested else None,
+        offset=state.offset,
+        blocksize2=nested.blocksize if nested else 256,
+    )
+
+
+def use_torch_kernels(model: torch.nn.Module, config: RunConfig) -> None:
+    """Give every adapted and every NF4 linear of `model` our forward, in place."""
+    import bitsandbytes as bnb
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.lora.layer import LoraLayer
+
+    inside = set()
+    for layer in model.modules():
+        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
+        if base is None or not _is_linear(base):
+            continue
+        if not isinstance(layer, LoraLinear) and not isinstance(base, bnb.nn.Linear4bit):
+            continue
+        inside.add(base)
+        layer.forward = types.MethodType(_adapted_forward(layer.forward, base, config), layer)
+    for module in linear_4bit(model):
+        if module not in inside:
+            module.forward = types.MethodType(_nf4_forward(module), module)
+
+
+def _adapted_forward(stock: Any, base: Any, config: RunConfig) -> Any:
+    frozen = nf4_weight(base) if hasattr(base, "compute_dtype") else None
+    compute_dtype = DTYPES[config.precision]
+
+    def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = layer.active_adapters
+        if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1:
+            return stock(x, *args, **kwargs)  # type: ignore[no-any-return]
+        name = names[0]
+        return lora_linear(
+            x,
+            base.weight if frozen is None else frozen,
+            base.bias,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            p=config.dropout,
+            training=layer.training,
+            compute_dtype=compute_dtype,
+        )
+
+    return forward
+
+
+def _nf4_forward(module: Any) -> Any:
+    weight = nf4_weight(module)
+
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return nf4_linear(x, weight, layer.bias, layer.compute_dtype)
+
+    return forward
+
+
+def ranges(model: torch.nn.Module, family: Family, config: RunConfig) -> dict[torch.nn.Module, str]:
+    """Modules and the profiling ranges that go round their forward.
+
+    Layers and head in every method; the adapters' own linears where stock PEFT runs them.
+    Raises InputError when the model has no list of layers where its family keeps it.
+    """
+    found: dict[torch.nn.Module, str] = {}
+    for path, module in model.named_modules():
+        clean = path.removeprefix("base_model.model.")
+        parent, _, index = clean.rpartition(".")
+        if parent == family.layers and index.isdigit():
+            found[module] = f"layer:{clean}"
+        elif clean in family.head:
+            found[module] = f"layer:head.{clean}"
+        elif config.kernels == "bnb" and clean.endswith((".lora_A.default", ".lora_B.default")):
+            found[module] = f"op:{clean.split('.')[-2]}"
+    if not any(name.startswith("layer:") and "head." not in name for name in found.values()):
+        raise InputError(f"model {config.model!r} has no layers at {family.layers!r}")
+    return found
+
+
+def frozen_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over the stored bytes of everything frozen: packed weights, statistics, biases."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.requires_grad:
+            continue
+        tensors = [parameter.data]
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            tensors += (
+                [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+            )
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        for tensor in tensors:
+            raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that ask for a gradient, with their names."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """Raise TrainingError, with a name, when a trainable tensor got no gradient."""
+    without = [name for name, p in trainable(model) if p.grad is None]
+    if without:
+        raise TrainingError(
+            f"{len(without)} of {len(trainable(model))} trainable tensors got no gradient, "
+            f"{without[0]} first; the run would silently train less than it says"
+        )
+
+
+def count(model: torch.nn.Module) -> Trainable:
+    """Trainable parameters after a backward pass; see `records.Trainable`."""
+    parameters = list(model.parameters())
+    asking = [p for p in parameters if p.requires_grad]
+    return Trainable(
+        live=sum(p.numel() for p in asking if p.grad is not None),
+        nominal=sum(p.numel() for p in asking),
+        total=sum(map(unpacked_size, parameters)),
+        packed_total=sum(p.numel() for p in parameters),
+    )

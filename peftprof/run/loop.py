@@ -1,0 +1,296 @@
+"""The training loop: one optimiser step, the timed pass, evaluation, checkpoints."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+
+from peftprof import annotate
+from peftprof.config import RunConfig
+from peftprof.errors import FolderError, TrainingError
+from peftprof.records import Accuracy, Trainable
+from peftprof.run import adapters
+from peftprof.run.data import Batch, Batches
+from peftprof.run.folder import Evaluation, RunFolder, Step
+from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock
+from peftprof.run.model import DTYPES
+from peftprof.run.statistics import wilson
+from peftprof.watcher import Watcher
+
+WARMUP_STEPS = 5  # excluded from the figures after every start: allocators and caches fill
+FLUSH_EVERY = 10  # steps between two readings of the losses, each a wait for the device
+
+
+@dataclass
+class Trainee:
+    """A model with all that one optimiser step changes or needs."""
+
+    config: RunConfig
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train: Batches
+    validation: Batches
+    total_steps: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.config.device)
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision: reduced inside the forward, fp32 master weights outside."""
+        dtype = DTYPES[self.config.precision]
+        on = dtype != torch.float32
+        return torch.autocast(self.device.type, dtype if on else None, enabled=on)
+
+    def step(self, number: int) -> tuple[torch.Tensor, Batch]:
+        """Optimiser step `number` (from 0): its loss, still on the device, and its batch."""
+        with annotate.step(number):
+            with annotate.phase("data"):
+                batch = self.train.at(number).to(self.device)
+            with annotate.phase("forward"), self.autocast():
+                logits = self.model(**batch.inputs).logits
+                with annotate.op("loss"):
+                    loss = cross_entropy(logits.float(), batch.labels)
+            with annotate.phase("backward"):
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with annotate.phase("optimizer"):
+                self._update(number)
+        return loss.detach(), batch
+
+    def _update(self, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(number)
+        self.scaler.unscale_(self.optimizer)
+        with annotate.op("grad_clip"):
+            torch.nn.utils.clip_grad_norm_(
+                (p for group in self.optimizer.param_groups for p in group["params"]),
+                self.config.max_grad_norm,
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def rate(self, number: int) -> float:
+        """Learning rate of step `number`: linear warm-up from 0, then linear to 0."""
+        warmup = math.ceil(self.total_steps * self.config.warmup_ratio)
+        if number < warmup:
+            return self.config.learning_rate * number / warmup
+        left = (self.total_steps - number) / max(1, self.total_steps - warmup)
+        return self.config.learning_rate * max(0.0, left)
+
+    @torch.inference_mode()
+    def evaluate(self) -> Accuracy:
+        """Accuracy and mean loss on the validation split; draws no random number."""
+        self.model.eval()
+        correct, loss, examples = 0, 0.0, len(self.validation.labels)
+        for batch in self.validation.in_order(2 * self.config.batch_size):
+            batch = batch.to(self.device)
+            with self.autocast():
+                logits = self.model(**batch.inputs).logits.float()
+            loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
+            correct += int((logits.argmax(-1) == batch.labels).sum())
+        self.model.train()
+        low, high = wilson(correct, examples)
+        return Accuracy(correct, examples, correct / examples, low, high, loss / examples)
+
+
+def make_trainee(
+    config: RunConfig, model: torch.nn.Module, train: Batches, validation: Batches
+) -> Trainee:
+    """A trainee at step 0, its random numbers started from the seed.
+
+    Weight decay spares biases and normalisation weights, as transformers' Trainer does.
+    """
+    parameters = [p for _, p in adapters.trainable(model)]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+    scaler = torch.amp.GradScaler(
+        torch.device(config.device).type, enabled=config.precision == "fp16"
+    )
+    total = config.max_steps or math.ceil(config.epochs * train.per_epoch)
+    model.train()
+    torch.manual_seed(config.seed)
+    return Trainee(config, model, optimizer, scaler, train, validation, total)
+
+
+@dataclass
+class TimedPass:
+    """What the timed pass gathers on its way; a checkpoint holds all of it."""
+
+    steps: list[Step]
+    evaluations: list[Evaluation]
+    trainable: Trainable | None = None
+
+
+class TimedLoop:
+    """The unprofiled pass from the last checkpoint to the last step.
+
+    Only the optimiser steps are inside the clock and the energy meter; evaluation,
+    checkpoints and the display are outside.
+    """
+
+    def __init__(self, trainee: Trainee, folder: RunFolder, watcher: Watcher) -> None:
+        self.trainee = trainee
+        self.folder = folder
+        self.watcher = watcher
+        self.clock = StepClock(trainee.device)
+        self.energy = EnergyMeter(trainee.device)
+        self.memory = PeakMemory(trainee.device)
+        self.passed = TimedPass([], [])
+        self._fresh = True  # the next gradient is to be looked at
+        self._waiting: list[tuple[int, torch.Tensor, Batch]] = []
+
+    def run(self) -> TimedPass:
+        """Train to the end."""
+        start = self._resume()
+        trainee = self.trainee
+        self.watcher.begin("training", trainee.total_steps, start)
+        self.memory.start()
+        for number in range(start, trainee.total_steps):
+            self._step(number, warmup=number < start + WARMUP_STEPS)
+            done = number + 1
+            at_end = done == trainee.total_steps
+            epoch_ends = done % trainee.train.per_epoch == 0
+            if done % FLUSH_EVERY == 0 or at_end:
+                self._flush(start)
+            if epoch_ends or at_end:
+                self._flush(start)
+                self._evaluate(done)
+            if done % trainee.config.checkpoint_every == 0 or epoch_ends or at_end:
+                self._flush(start)
+                self._save(done)
+        return self.passed
+
+    def _step(self, number: int, warmup: bool) -> None:
+        if not warmup:
+            self.energy.resume()
+        self.clock.start()
+        loss, batch = self.trainee.step(number)
+        if self._fresh:
+            # Backward has run; the gradients are still there.
+            adapters.check_gradients(self.trainee.model)
+            self.passed.trainable = adapters.count(self.trainee.model)
+            self._fresh = False
+        self.trainee.optimizer.zero_grad(set_to_none=True)
+        self.clock.stop()
+        self._waiting.append((number, loss, batch))
+
+    def _flush(self, start: int) -> None:
+        if not self._waiting:
+            return
+        durations = self.clock.durations_ns()  # waits for the device
+        self.energy.pause()
+        self.memory.sample()
+        losses = torch.stack([loss for _, loss, _ in self._waiting]).tolist()
+        for (number, _, batch), loss, ns in zip(self._waiting, losses, durations, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(f"the loss of step {number} is {loss}; lower --lr")
+            self.passed.steps.append(
+                Step(
+                    number,
+                    loss,
+                    self.trainee.rate(number),
+                    ns,
+                    len(batch.labels),
+                    batch.real_tokens,
+                    batch.padded_tokens,
+                    number < start + WARMUP_STEPS,
+                )
+            )
+        recent = self.passed.steps[-len(self._waiting) :]
+        self._waiting.clear()
+        seconds = sum(s.ns for s in recent) / 1e9
+        rate = sum(s.samples for s in recent) / seconds if seconds else 0.0
+        self.watcher.steps(
+            self.passed.steps[-1].step + 1, losses[-1], rate, self.memory.current_bytes()
+        )
+
+    def _evaluate(self, done: int) -> None:
+        accuracy = self.trainee.evaluate()
+        self.passed.evaluations.append(Evaluation(done, accuracy))
+        self.watcher.say(
+            f"step {done}: validation accuracy {100 * accuracy.accuracy:.2f} %, "
+            f"loss {accuracy.loss:.4f}"
+        )
+        self._fresh = True
+
+    def _save(self, done: int) -> None:
+        self.folder.write_steps(self.passed.steps)
+        self.folder.write_evaluations(self.passed.evaluations)
+        save_checkpoint(self.folder, self.trainee, done, self.passed.trainable)
+
+    def _resume(self) -> int:
+        if not self.folder.checkpoint.exists():
+            return 0
+        step, trainable = load_checkpoint(self.folder, self.trainee)
+        self.passed.steps = [s for s in self.folder.read_steps() if s.step < step]
+        self.passed.evaluations = [e for e in self.folder.read_evaluations() if e.step <= step]
+        self.passed.trainable = trainable
+        return step
+
+
+def save_checkpoint(
+    folder: RunFolder, trainee: Trainee, step: int, trainable: Trainable | None
+) -> None:
+    """Everything that step `step` starts from, in one safetensors file."""
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if trainee.device.type == "cuda":
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(trainee.device)
+    for name, parameter in adapters.trainable(trainee.model):
+        tensors[f"model/{name}"] = parameter.detach().contiguous()
+        for key, value in trainee.optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().contiguous()
+    state = {
+        "step": step,
+        "scaler": trainee.scaler.state_dict(),
+        "trainable": vars(trainable) if trainable else None,
+    }
+    with folder.whole(folder.checkpoint.name) as new:
+        save_file(tensors, new, metadata={"state": json.dumps(state)})
+
+
+def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, Trainable | None]:
+    """Put the trainee where the checkpoint left off; its step and parameter counts.
+
+    Raises FolderError when the checkpoint is damaged or belongs to another model.
+    """
+    try:
+        with safe_open(folder.checkpoint, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise FolderError(f"{folder.checkpoint} is damaged: {error}") from error
+    named = adapters.trainable(trainee.model)
+    wanted = {f"model/{name}": parameter for name, parameter in named}
+    stored = {key for key in tensors if key.startswith("model/")}
+    if stored != wanted.keys() or any(tensors[k].shape != p.shape for k, p in wanted.items()):
+        raise FolderError(f"{folder.checkpoint} does not fit the model; start a new run")
+    for name, parameter in named:
+        parameter.data.copy_(tensors[f"model/{name}"])
+        kept = {
+            key.partition("/")[0]: value
+            for key, value in tensors.items()
+            if key.partition("/")[2] == name and not key.startswith("model/")
+        }
+        if kept:
+            trainee.optimizer.state[parameter] = {
+                # AdamW keeps its step count on the host unless it is fused or captured.
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in kept.items()
+            }
+    if trainee.scaler.is_enabled():
+        trainee.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and trainee.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng/cuda"], trainee.device)
+    trainable = Trainable(**state["trainable"]) if state["trainable"] else None
+    return int(state["step"]), trainable

@@ -1,0 +1,339 @@
+"""What a pass costs: peak memory, energy, and the time of each step.
+
+A figure that this machine cannot give raises `Absent` where it is read, and its message
+ends up as the figure's reason in `records.Memory.absent` or `records.Energy.absent`.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from peftprof.records import Energy, Memory
+
+POWERCAP = Path("/sys/class/powercap")
+PROC = Path("/proc/self")
+
+
+class Absent(Exception):  # noqa: N818  # an answer rather than an error
+    """A figure that cannot be had here; the message is a self-contained reason."""
+
+
+class PeakMemory:
+    """Peaks of device and host memory between `start` and `result`.
+
+    The allocator's peaks and the host's are kept by torch and the kernel; what NVML shows
+    (context and libraries included) is the largest seen by `sample`.
+    """
+
+    def __init__(
+        self, device: torch.device, *, nvml: Any = None, proc: Path = PROC, pid: int | None = None
+    ) -> None:
+        self._device = device
+        self._nvml = nvml
+        self._proc = proc
+        self._pid = os.getpid() if pid is None else pid
+        self._nvml_peak: int | None = None
+        self._absent: dict[str, str] = {}
+        self._peak_is_ours = False
+
+    def start(self) -> None:
+        """Forget earlier peaks."""
+        self._nvml_peak, self._absent = None, {}
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            # 5 resets VmHWM to the resident size of now (Linux, proc_pid_clear_refs(5)).
+            (self._proc / "clear_refs").write_text("5")
+            self._peak_is_ours = True
+        except OSError as error:
+            self._peak_is_ours = False
+            self._absent["rss_reset"] = (
+                f"the peak of the host could not be reset ({error.strerror}), so it is that of "
+                "the whole process"
+            )
+        self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory that NVML shows for this process."""
+        try:
+            seen = process_memory(self._device, self._pid, self._nvml)
+        except Absent as reason:
+            self._absent["nvml_bytes"] = str(reason)
+            return
+        self._absent.pop("nvml_bytes", None)
+        self._nvml_peak = max(seen, self._nvml_peak or 0)
+
+    def current_bytes(self) -> int | None:
+        """Memory in use: the allocator's on CUDA, else resident on the host."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return _status_bytes(self._proc, "VmRSS")
+
+    def result(self) -> Memory:
+        """The peaks since `start`."""
+        self.sample()
+        absent = dict(self._absent)
+        allocated = reserved = None
+        if self._device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            reserved = torch.cuda.max_memory_reserved(self._device)
+        else:
+            absent["allocated_bytes"] = absent["reserved_bytes"] = _not_cuda(self._device)
+        if self._nvml_peak is not None:
+            absent.pop("nvml_bytes", None)
+        return Memory(allocated, reserved, self._nvml_peak, self._host_peak(), absent)
+
+    def _host_peak(self) -> int:
+        peak = _status_bytes(self._proc, "VmHWM") if self._peak_is_ours else None
+        if peak is not None:
+            return peak
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024
+
+
+class EnergyMeter:
+    """Energy of the stretches between `resume` and `pause`, by counter.
+
+    The counters are the whole GPU's and the whole CPU package's: whatever else runs there
+    is in them. A stretch should be under a minute, since a RAPL counter starts again from
+    zero every few minutes at full load and one such restart is all that can be seen.
+    """
+
+    def __init__(
+        self, device: torch.device, *, nvml: Any = None, powercap: Path = POWERCAP
+    ) -> None:
+        self._joules: dict[str, float] = {}
+        self._absent: dict[str, str] = {}
+        self._counters: dict[str, Callable[[], int]] = {}  # in microjoules
+        self._wraps: dict[str, int] = {}
+        self._from: dict[str, int] | None = None
+        try:
+            handle, library = _handle(device, nvml)
+            self._add("GPU", lambda: _gpu_energy_uj(handle, library), wrap=0)
+        except Absent as reason:
+            self._absent["GPU"] = str(reason)
+        try:
+            for zone in rapl_zones(powercap):
+                self._add(f"CPU {zone.name}", zone.energy_uj, zone.max_uj)
+        except Absent as reason:
+            self._absent["CPU"] = str(reason)
+
+    def _add(self, name: str, read: Callable[[], int], wrap: int) -> None:
+        read()
+        self._counters[name], self._wraps[name], self._joules[name] = read, wrap, 0.0
+
+    def resume(self) -> None:
+        """Count from here; nothing changes when it is counting already."""
+        if self._from is None:
+            self._from = self._read()
+
+    def pause(self) -> None:
+        """Count no further; nothing changes when it is not counting."""
+        if self._from is None:
+            return
+        for name, now in self._read().items():
+            used = now - self._from.get(name, now)
+            if used < 0:
+                used += self._wraps[name]
+            self._joules[name] += used / 1e6
+        self._from = None
+
+    def result(self) -> Energy:
+        """The joules of all stretches so far."""
+        self.pause()
+        return Energy(dict(self._joules), dict(self._absent))
+
+    def _read(self) -> dict[str, int]:
+        seen = {}
+        for name, read in list(self._counters.items()):
+            try:
+                seen[name] = read()
+            except Absent as reason:  # one that fails on the way has no total any more
+                del self._counters[name], self._joules[name]
+                self._absent[name] = str(reason)
+        return seen
+
+
+@dataclass(frozen=True)
+class Zone:
+    """One RAPL package zone: its energy counter runs from 0 to `max_uj` and starts again."""
+
+    name: str
+    path: Path
+    max_uj: int
+
+    def energy_uj(self) -> int:
+        """The counter, in microjoules. Raises Absent when it cannot be read."""
+        return _counter(self.path / "energy_uj")
+
+
+def rapl_zones(powercap: Path = POWERCAP) -> list[Zone]:
+    """The CPU packages' energy counters. Raises Absent when there is none to be read."""
+    zones = []
+    # AMD's are called intel-rapl too. intel-rapl-mmio:0 is package 0 a second time, and
+    # intel-rapl:0:1 a part of it.
+    for folder in sorted(powercap.glob("intel-rapl:*")):
+        if folder.name.count(":") == 1 and (folder / "name").exists():
+            name = (folder / "name").read_text().strip()
+            if name.startswith("package"):
+                zones.append(Zone(name, folder, _counter(folder / "max_energy_range_uj")))
+    if not zones:
+        raise Absent("the kernel shows no RAPL energy counter (virtual machines rarely have one)")
+    for zone in zones:
+        zone.energy_uj()
+    return zones
+
+
+def _counter(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except PermissionError:
+        raise Absent("the RAPL energy counter may be read by root only") from None
+    except (OSError, ValueError) as error:
+        raise Absent(f"the RAPL energy counter cannot be read ({error})") from None
+
+
+class StepClock:
+    """Durations of steps without a wait inside the pass.
+
+    On CUDA an event is recorded at each edge and read when the durations are asked for, so
+    a step lasts as long as the device worked or waited on it; elsewhere a clock is read.
+    """
+
+    def __init__(
+        self, device: torch.device, clock: Callable[[], int] = time.perf_counter_ns
+    ) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._clock = clock
+        self._edge: Any = None
+        self._in_step = False
+        self._pieces: list[tuple[Any, Any]] = []
+        self._steps: list[list[tuple[Any, Any]]] = []
+
+    def start(self) -> None:
+        """A step begins."""
+        if self._in_step:
+            raise RuntimeError("a step is begun inside a step")
+        self._in_step, self._pieces, self._edge = True, [], self._now()
+
+    def stop(self) -> None:
+        """The step is over; a pause still open in it ends here too."""
+        if not self._in_step:
+            raise RuntimeError("no step to end")
+        self.pause()
+        self._steps.append(self._pieces)
+        self._in_step = False
+
+    def pause(self) -> None:
+        """What follows is not the step's, up to `resume`."""
+        if self._edge is not None:
+            self._pieces.append((self._edge, self._now()))
+            self._edge = None
+
+    def resume(self) -> None:
+        """The step goes on."""
+        if not self._in_step:
+            raise RuntimeError("no step to go on with")
+        if self._edge is None:
+            self._edge = self._now()
+
+    def durations_ns(self) -> list[int]:
+        """Durations of the steps ended since the last call; waits for the device."""
+        steps, self._steps = self._steps, []
+        if self._cuda is not None and steps:
+            steps[-1][-1][1].synchronize()
+        return [sum(self._between(a, b) for a, b in pieces) for pieces in steps]
+
+    def _now(self) -> Any:
+        if self._cuda is None:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._cuda))
+        return event
+
+    def _between(self, begin: Any, end: Any) -> int:
+        if self._cuda is None:
+            return int(end - begin)
+        milliseconds: float = begin.elapsed_time(end)
+        return round(milliseconds * 1e6)
+
+
+def percentiles(durations_ns: Sequence[float]) -> tuple[float, float, float]:
+    """p50, p95 and p99, linear between neighbours. Raises ValueError when there is none."""
+    if not durations_ns:
+        raise ValueError("percentiles of no durations")
+    p50, p95, p99 = np.percentile(np.asarray(durations_ns, dtype=np.float64), (50, 95, 99))
+    return float(p50), float(p95), float(p99)
+
+
+@cache
+def open_nvml() -> Any:
+    """The module pynvml, initialised. Raises Absent where there is no NVML."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        raise Absent("the package nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise Absent(f"NVML cannot be opened ({error})") from None
+    return pynvml
+
+
+def process_memory(device: torch.device, pid: int, nvml: Any = None) -> int:
+    """Bytes of the GPU's memory that NVML counts to process `pid`, or raises Absent."""
+    handle, library = _handle(device, nvml)
+    try:
+        processes = library.nvmlDeviceGetComputeRunningProcesses(handle)
+    except library.NVMLError as error:
+        raise Absent(f"NVML lists no processes ({error})") from None
+    for process in processes:
+        if process.pid == pid:
+            if process.usedGpuMemory is None:
+                raise Absent("NVML does not tell the memory of a process on this driver")
+            return int(process.usedGpuMemory)
+    # In a container NVML lists the process under the pid that it has outside.
+    raise Absent(f"NVML lists no process {pid} (in a container it knows other process numbers)")
+
+
+def _handle(device: torch.device, nvml: Any) -> tuple[Any, Any]:
+    if device.type != "cuda":
+        raise Absent(_not_cuda(device))
+    library = open_nvml() if nvml is None else nvml
+    # By UUID: CUDA_VISIBLE_DEVICES renumbers devices for torch and not for NVML.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        return library.nvmlDeviceGetHandleByUUID(uuid), library
+    except library.NVMLError as error:
+        raise Absent(f"NVML does not know {device} ({error})") from None
+
+
+def _gpu_energy_uj(handle: Any, library: Any) -> int:
+    try:
+        return int(library.nvmlDeviceGetTotalEnergyConsumption(handle)) * 1000  # from mJ
+    except library.NVMLError as error:
+        raise Absent(f"NVML has no energy counter for this GPU ({error})") from None
+
+
+def _not_cuda(device: torch.device) -> str:
+    return f"the run is on {device.type}, not on CUDA"
+
+
+def _status_bytes(proc: Path, key: str) -> int | None:
+    try:
+        lines = (proc / "status").read_text().splitlines()
+    except FileNotFoundError:  # not Linux
+        return None
+    for line in lines:
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,257 @@
+"""A run from its configuration to its folder: two passes, timed and then profiled."""
+
+import dataclasses
+import datetime
+import gc
+import logging
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftprof.config import RunConfig
+from peftprof.errors import DeviceError, FolderError, InputError, TrainingError
+from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
+from peftprof.run import adapters, capture, data, environment
+from peftprof.run import model as models
+from peftprof.run.folder import RunFolder, Step
+from peftprof.run.loop import TimedLoop, Trainee, make_trainee
+from peftprof.run.meters import percentiles
+from peftprof.watcher import Watcher
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """`config` with every `auto` settled on this machine.
+
+    Raises DeviceError for a device, precision or kernel backend that is not here.
+    """
+    device = environment.default_device() if config.device == "auto" else config.device
+    device = str(environment.check_device(device))
+    precision = config.precision
+    if precision == "auto":
+        precision = environment.default_precision(device)
+    environment.check_precision(precision, device)
+    if config.kernels == "triton":
+        raise DeviceError(
+            "--kernels triton is not in this version of peftprof; use --kernels torch, or bnb "
+            "for stock PEFT and bitsandbytes"
+        )
+    kernels = config.kernels
+    if kernels == "auto":
+        # On a GPU bitsandbytes dequantises in fused kernels; on a CPU ours is right for
+        # every shape, and one op for the adapter saves its copies.
+        kernels = "bnb" if device.startswith("cuda") and config.method != "full" else "torch"
+    profiler = config.profiler
+    if profiler == "auto":
+        profiler = "nsys" if "NSYS_PROFILING_SESSION_ID" in os.environ else "torch"
+    alpha = config.scaling * config.rank
+    return dataclasses.replace(
+        config, device=device, precision=precision, kernels=kernels, profiler=profiler, alpha=alpha
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's inputs on this machine: model files, data, tokenised batches."""
+
+    config: RunConfig
+    source: models.Source
+    family: models.Family
+    tokenizer: Any
+    data: data.Data
+    train: data.Batches
+    validation: data.Batches
+
+    def build(self) -> tuple[Trainee, ModelInfo]:
+        """A trainee at step 0: the same every time it is called."""
+        config = self.config
+        model = models.load_model(
+            self.source,
+            config,
+            self.family,
+            self.data.info.labels,
+            self.tokenizer.pad_token_id,
+        )
+        info = models.describe(self.source, model)
+        adapted = adapters.attach(model, config, self.family)
+        return make_trainee(config, adapted, self.train, self.validation), info
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Find and tokenise everything `config` names; see the errors of `model` and `data`."""
+    _quiet_libraries()
+    source = models.locate(config.model)
+    family = models.family_of(source, config)
+    limit = models.longest_input(source)
+    if limit is not None and config.max_length > limit:
+        raise InputError(
+            f"--max-length {config.max_length} is more than the {limit} positions of "
+            f"{config.model!r}"
+        )
+    loaded = data.load(config)
+    tokenizer = models.load_tokenizer(source)
+    names = models.input_names(source)
+
+    def batches(examples: data.Examples) -> data.Batches:
+        return data.Batches(
+            examples, tokenizer, names, config.max_length, config.batch_size, config.seed
+        )
+
+    return Prepared(
+        config,
+        source,
+        family,
+        tokenizer,
+        loaded,
+        batches(loaded.train),
+        batches(loaded.validation),
+    )
+
+
+def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watcher) -> RunFolder:
+    """A new run in `out` (None: a name of its own below traces/).
+
+    Raises the errors of `peftprof.errors`; nothing is left behind when the input is bad.
+    """
+    config = resolve(config)
+    now = datetime.datetime.now().astimezone()
+    if out is None:
+        model = Path(config.model).name
+        out = Path("traces") / f"{config.method}-{model}-{now:%Y%m%d-%H%M%S}"
+    folder = RunFolder.check_free(out)
+    prepared = prepare(config)
+    record = RunRecord(
+        version=1,
+        name=folder.path.resolve().name,
+        state="running",
+        created=now.isoformat(timespec="seconds"),
+        command=tuple(command),
+        config=config.to_json(),
+        environment=environment.describe(),
+    )
+    return _finish(folder, record, prepared, watcher)
+
+
+def resume(path: Path, watcher: Watcher) -> RunFolder:
+    """Go on with the run at `path` from its last checkpoint, to the same result.
+
+    Raises FolderError when there is no such run, it is complete, or its inputs changed.
+    """
+    folder = RunFolder.open(path)
+    record = folder.read_record()
+    if record.state == "complete":
+        raise FolderError(f"{path} is complete; there is nothing to resume")
+    folder.tidy()
+    config = RunConfig.from_json(record.config)
+    environment.check_device(config.device)
+    return _finish(folder, record, prepare(config), watcher)
+
+
+def _finish(
+    folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
+) -> RunFolder:
+    """The timed pass from wherever it is, what was trained, the profiled pass."""
+    # Two functions, so that the first pass's model is gone before the second's is built.
+    record, steps = _timed_pass(folder, record, prepared, watcher)
+    gc.collect()
+    if record.config["profiler"] != "none":
+        trainee, _ = prepared.build()
+        profiled = capture.profile(trainee, prepared.family, folder, steps, watcher)
+        record = dataclasses.replace(record, profiled=profiled)
+    folder.write_record(dataclasses.replace(record, state="complete"))
+    folder.checkpoint.unlink(missing_ok=True)
+    return folder
+
+
+def _timed_pass(
+    folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
+) -> tuple[RunRecord, list[Step]]:
+    # Whatever is wrong with the model is said before a folder is made.
+    trainee, info = prepared.build()
+    _same_inputs(record, info, prepared.data.info)
+    before = adapters.frozen_sha256(trainee.model)
+    if record.base_sha256 not in (None, before):
+        raise FolderError("the frozen weights are not those the run started with; start a new run")
+    record = dataclasses.replace(
+        record,
+        model=info,
+        data=prepared.data.info,
+        target_modules=prepared.family.targets if prepared.config.method != "full" else (),
+        head_modules=prepared.family.head,
+        base_sha256=before,
+    )
+    folder.create()
+    folder.write_record(record)
+    loop = TimedLoop(trainee, folder, watcher)
+    passed = loop.run()
+    if adapters.frozen_sha256(trainee.model) != before:
+        raise TrainingError("the frozen base weights changed while training; the result is void")
+    _save_trained(folder, trainee, prepared)
+    record = dataclasses.replace(
+        record,
+        trainable=passed.trainable,
+        timed=summarise(passed.steps),
+        accuracy=passed.evaluations[-1].accuracy,
+        memory=loop.memory.result(),
+        energy=loop.energy.result(),
+    )
+    return record, passed.steps
+
+
+def _same_inputs(record: RunRecord, model: ModelInfo, loaded: DataInfo) -> None:
+    for then, now in ((record.model, model), (record.data, loaded)):
+        if then is not None and then.fingerprint != now.fingerprint:
+            raise FolderError(f"{now.name!r} is not what the run started with; start a new run")
+
+
+def _save_trained(folder: RunFolder, trainee: Trainee, prepared: Prepared) -> None:
+    model: Any = trainee.model
+    if prepared.config.method == "full":
+
+        def save(path: Path) -> None:
+            model.save_pretrained(path)
+            prepared.tokenizer.save_pretrained(path)
+
+        folder.save_folder("model", save)
+        return
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = prepared.source.reference
+    folder.save_folder("adapter", model.save_pretrained)
+
+
+def summarise(steps: list[Step]) -> Timed | None:
+    """The timed pass's figures over its steps after warm-up; None when there is none."""
+    counted = [s for s in steps if not s.warmup]
+    if not counted:
+        return None
+    seconds = sum(s.ns for s in counted) / 1e9
+    p50, p95, p99 = percentiles([s.ns for s in counted])
+    return Timed(
+        steps=len(steps),
+        warmup_steps=len(steps) - len(counted),
+        seconds=seconds,
+        samples_per_s=sum(s.samples for s in counted) / seconds,
+        real_tokens_per_s=sum(s.real_tokens for s in counted) / seconds,
+        padded_tokens_per_s=sum(s.padded_tokens for s in counted) / seconds,
+        real_tokens_per_step=statistics.mean(s.real_tokens for s in counted),
+        padded_tokens_per_step=statistics.mean(s.padded_tokens for s in counted),
+        step_p50_ms=p50 / 1e6,
+        step_p95_ms=p95 / 1e6,
+        step_p99_ms=p99 / 1e6,
+        first_loss=steps[0].loss,
+        last_loss=steps[-1].loss,
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keep other packages' progress bars and notes out of ours; their errors stay errors."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,153 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftprof.config import make_config
+from peftprof.errors import InputError
+from peftprof.run import data, embedded
+from peftprof.run.data import Batches, Examples
+
+
+def config(**settings):
+    return make_config("lora", **{"batch_size": 2} | settings)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded.model_folder("minilm")[0])
+
+
+NAMES = ["input_ids", "attention_mask", "token_type_ids"]
+
+
+def _write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return str(path)
+
+
+def test_the_embedded_data_says_where_it_is_from():
+    info = data.load(config(dataset="movie-reviews")).info
+    assert "sst" not in info.name.lower()
+    assert "vaderSentiment" in info.source
+    assert info.labels == ("negative", "positive")
+    assert (info.train_examples, info.validation_examples) == (9169, 872)
+    assert len(info.fingerprint) == 64
+
+
+def test_csv_with_labels_as_words(tmp_path):
+    rows = [f"words {i},{'good' if i % 3 else 'bad'}" for i in range(30)]
+    loaded = data.load(config(dataset=_write_csv(tmp_path / "a.csv", rows)))
+    assert loaded.info.labels == ("bad", "good")
+    assert loaded.info.train_examples + loaded.info.validation_examples == 30
+    assert "held out" in loaded.info.split
+    assert not set(loaded.train.texts) & set(loaded.validation.texts)
+
+
+def test_json_lines_and_parquet_give_the_same_data(tmp_path):
+    import datasets
+
+    rows = [{"review": f"text {i}", "sentiment": i % 2} for i in range(20)]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(str(parquet))
+    one, two = (data.load(config(dataset=str(p))) for p in (lines, parquet))
+    assert one.info.fingerprint == two.info.fingerprint
+    assert one.info.labels == ("0", "1")
+
+
+def test_columns_can_be_named(tmp_path):
+    rows = [f"a {i},b {i},{i % 2}" for i in range(20)]
+    path = _write_csv(tmp_path / "a.csv", rows, "left,right,verdict")
+    with pytest.raises(InputError, match="--text-column"):
+        data.load(config(dataset=path))
+    with pytest.raises(InputError, match="--label-column"):
+        data.load(config(dataset=path, text_columns=("left", "right")))
+    loaded = data.load(config(dataset=path, text_columns=("left", "right"), label_column="verdict"))
+    assert loaded.train.texts[0] in {(f"a {i}", f"b {i}") for i in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (["a,1", "b,1", "c,1", "d,1"], "one class only"),
+        (["a,1", ",0", "c,1", "d,0"], "has no text"),
+        (["a,0.25", "b,0.5", "c,1.5"], "fractions"),
+    ],
+)
+def test_data_that_cannot_be_trained_on(tmp_path, rows, says):
+    with pytest.raises(InputError, match=says) as raised:
+        data.load(config(dataset=_write_csv(tmp_path / "a.csv", rows)))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_no_data(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    (tmp_path / "c.csv").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name in ("a.xlsx", "b.parquet", "c.csv", "empty", "missing.csv"):
+        with pytest.raises(InputError) as raised:
+            data.load(config(dataset=str(tmp_path / name)))
+        assert "\n" not in str(raised.value)
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    path = _write_csv(tmp_path / "a.csv", [f"w {i},{i % 2}" for i in range(10)])
+    with pytest.raises(InputError, match="--batch-size 64 is more than"):
+        data.load(config(dataset=path, batch_size=64))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    texts=st.lists(st.text(max_size=30), min_size=1, max_size=12),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 2**40),
+)
+def test_batches_are_a_function_of_the_step(tokenizer, texts, batch_size, seed):
+    examples = Examples([(t,) for t in texts], [i % 2 for i in range(len(texts))])
+
+    def make():
+        return Batches(examples, tokenizer, NAMES, 16, batch_size, seed)
+
+    batches, again = make(), make()
+    steps = list(range(2 * batches.per_epoch))
+    first = [batches.at(n) for n in steps]
+    for n in reversed(steps):
+        same = again.at(n)
+        for name, tensor in first[n].inputs.items():
+            assert torch.equal(tensor, same.inputs[name])
+    epoch = first[: batches.per_epoch]
+    assert sum(len(b.labels) for b in epoch) == len(texts)
+    assert sum(b.real_tokens for b in epoch) == sum(batches.lengths)
+    for batch in first:
+        mask = batch.inputs["attention_mask"]
+        assert int(mask.sum()) == batch.real_tokens
+        assert mask.numel() == batch.padded_tokens == batch.inputs["input_ids"].numel()
+        assert bool((mask[:, :-1] >= mask[:, 1:]).all())  # padding is on the right only
+        padded = batch.inputs["input_ids"][mask == 0]
+        assert bool((padded == tokenizer.pad_token_id).all())
+
+
+def test_evaluation_sees_every_example_once(tokenizer):
+    examples = Examples([(f"word {'very ' * (i % 7)}",) for i in range(23)], list(range(23)))
+    batches = Batches(examples, tokenizer, NAMES, 16, 4, 0)
+    seen = [int(label) for batch in batches.in_order(5) for label in batch.labels]
+    assert sorted(seen) == list(range(23))
+
+
+def test_seeds_and_epochs_give_different_orders(tokenizer):
+    examples = Examples([(f"w{i}",) for i in range(64)], list(range(64)))
+
+    def order(seed, epoch):
+        batches = Batches(examples, tokenizer, NAMES, 16, 64, seed)
+        return batches.at(epoch).labels.tolist()
+
+    orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    assert all(sorted(o) == list(range(64)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 4

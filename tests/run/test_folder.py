@@ -1,0 +1,87 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftprof.errors import FolderError
+from peftprof.run.folder import RunFolder, Step
+from tests.test_records import RECORD
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(allow_nan=False), st.booleans())))
+def test_steps_survive_the_disk(tmp_path_factory, rows):
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    steps = [Step(n, loss, 1e-3, 5, 32, 7, 9, warm) for n, loss, warm in rows]
+    folder.write_steps(steps)
+    assert folder.read_steps() == steps
+
+
+def test_a_record_survives_the_disk(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_record(RECORD)
+    assert folder.read_record() == RECORD
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_record(RECORD)
+    with pytest.raises(ZeroDivisionError), folder.whole("run.json") as new:
+        new.write_text("half")
+        raise ZeroDivisionError
+    assert folder.read_record() == RECORD
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs mounts by an ordinary command")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no mounts allowed here")
+    try:
+        folder = RunFolder(tmp_path)
+        folder.write_record(RECORD)
+        with pytest.raises(FolderError, match="No space left"), folder.whole("run.json") as new:
+            new.write_bytes(b"x" * 2**20)
+        assert folder.read_record() == RECORD
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").write_text("")
+    for path in (tmp_path / "file", tmp_path / "full"):
+        with pytest.raises(FolderError, match="already exists"):
+            RunFolder.check_free(path)
+    for path in (tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(FolderError, match="cannot write"):
+            RunFolder.check_free(type(tmp_path)(path))
+    RunFolder.check_free(tmp_path / "new" / "deep").create()
+    assert (tmp_path / "new" / "deep").is_dir()
+
+
+def test_folders_that_are_no_run(tmp_path):
+    with pytest.raises(FolderError, match="no folder"):
+        RunFolder.open(tmp_path / "missing")
+    with pytest.raises(FolderError, match="no run folder"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "run.json").write_text('{"version": 1')
+    with pytest.raises(FolderError, match="damaged"):
+        RunFolder.open(tmp_path).read_record()
+    (tmp_path / "steps.jsonl").write_text("{}\n")
+    with pytest.raises(FolderError, match="damaged"):
+        RunFolder.open(tmp_path).read_steps()
+
+
+def test_leftovers_of_a_killed_run_are_tidied(tmp_path):
+    (tmp_path / ".new-1-run.json").write_text("half")
+    (tmp_path / ".new-abc").mkdir()
+    (tmp_path / ".new-abc" / "x").write_text("")
+    RunFolder(tmp_path).tidy()
+    assert list(tmp_path.iterdir()) == []
