@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -175,13 +176,14 @@ def _show(renderable: Any, svg: Path | None, title: str) -> None:
     console = Console(record=svg is not None)
     console.print(renderable)
     if svg is not None:
-        from peftprof.report.export import write_text
+        from peftprof.report.picture import save_svg
 
-        write_text(svg, console.export_svg(title=title))
+        save_svg(console, svg, title)
 
 
 def main() -> NoReturn:
     """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C."""
+    _quiet()
     try:
         app(standalone_mode=False)
     except PeftprofError as error:
@@ -203,6 +205,13 @@ def main() -> NoReturn:
             raise
         _fail(f"{error.format_message()} See --help.", 2)
     sys.exit(0)
+
+
+def _quiet() -> None:
+    """Keep the notes that other packages write for their developers off a user's terminal."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(?!peftprof)")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its start and stop lines go to stderr
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,6 +1,6 @@
 """The machine of `peftprof.run.environment.describe` as a page of text, within 80 columns."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 COLUMNS_OF_PACKAGES = 2
-NAME_WIDTH = 10
+NAME_WIDTH, ANSWER_WIDTH = 10, 4
 
 Line = tuple[str, str, str]  # a name, a short answer, what there is to say about it
 
@@ -29,23 +29,17 @@ def render(description: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def _section(title: str, lines: Iterable[Line]) -> list[RenderableType]:
+def _section(title: str, lines: list[Line]) -> list[RenderableType]:
+    answers = any(answer for _, answer, _ in lines)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=NAME_WIDTH, no_wrap=True)
-    table.add_column(no_wrap=True)
+    if answers:
+        table.add_column(width=ANSWER_WIDTH, no_wrap=True)
     table.add_column(overflow="fold")
-    plain = Table.grid(padding=(0, 2, 0, 0))
-    plain.add_column(width=NAME_WIDTH, no_wrap=True)
-    plain.add_column(overflow="fold")
-    answered = False
     for name, answer, text in lines:
-        if answer:
-            answered = True
-            style = {"yes": "green", "no": "yellow"}.get(answer, "")
-            table.add_row(Text(f"  {name}"), Text(answer, style), Text(text))
-        else:
-            plain.add_row(Text(f"  {name}"), Text(text))
-    return [Text(), Text(title, "bold"), table if answered else plain]
+        style = {"yes": "green", "no": "yellow"}.get(answer, "")
+        table.add_row(Text(f"  {name}"), *([Text(answer, style)] if answers else []), Text(text))
+    return [Text(), Text(title, "bold"), table]
 
 
 def _checkout(d: Mapping[str, Any]) -> str:
@@ -78,7 +72,6 @@ def _machine(d: Mapping[str, Any]) -> list[Line]:
 
 
 def _devices(d: Mapping[str, Any]) -> list[Line]:
-    default = d["defaults"]
     lines = []
     for device, precisions in d["precisions"].items():
         text = _precisions(precisions)
@@ -92,9 +85,11 @@ def _devices(d: Mapping[str, Any]) -> list[Line]:
     for device in ("cuda", "mps"):
         if not d[device]["available"]:
             lines.append((device, "no", d[device]["reason"]))
-    lines.append(("default", "", ""))
-    lines[-1] = ("default", default["device"], f"{default['precision']}, unless told otherwise")
-    return lines
+    default = d["defaults"]
+    return [
+        *lines,
+        ("default", default["device"], f"{default['precision']}, unless told otherwise"),
+    ]
 
 
 def _precisions(precisions: Mapping[str, str]) -> str:
@@ -110,7 +105,7 @@ def _kernel(name: str, kernel: Mapping[str, Any]) -> Line:
 
 def _meters(d: Mapping[str, Any]) -> list[Line]:
     said = {
-        "nvml": ("NVML", "GPU memory and energy; driver {driver}"),
+        "nvml": ("NVML", "driver {driver}, GPUs: {gpus}"),
         "rapl": ("RAPL", "CPU energy: {counters}"),
         "nsys": ("nsys", "Nsight Systems {version}"),
     }

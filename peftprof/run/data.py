@@ -149,11 +149,27 @@ def _read(name: str, datasets: Any) -> tuple[dict[str, Any], str]:
             return dict(read), f"file {path.name}"
         if path.is_dir():
             return dict(datasets.load_dataset(str(path))), f"folder {path.name}"
-        first, _, rest = name.partition("/")
-        hub = (COLLECTIONS[first], rest) if first in COLLECTIONS and rest else (name,)
-        return dict(datasets.load_dataset(*hub)), f"Hugging Face hub {'/'.join(hub)}"
+        return _from_hub(name, datasets)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not(name, path, error)) from error
+
+
+def _from_hub(name: str, datasets: Any) -> tuple[dict[str, Any], str]:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    first, _, rest = name.partition("/")
+    hub = (COLLECTIONS[first], rest) if first in COLLECTIONS and rest else (name,)
+    try:
+        # One small file first: it says at once that there is no network or no such
+        # dataset, where load_dataset would try again for half a minute.
+        seen = huggingface_hub.snapshot_download(
+            hub[0], repo_type="dataset", allow_patterns="README.md"
+        )
+    except LocalEntryNotFoundError as error:
+        raise OSError("no network, and no copy in the cache") from error
+    source = f"Hugging Face hub {'/'.join(hub)} at revision {Path(seen).name}"
+    return dict(datasets.load_dataset(*hub, revision=Path(seen).name)), source
 
 
 def _why_not(name: str, path: Path, error: Exception) -> str:

@@ -68,7 +68,7 @@ def describe() -> dict[str, Any]:
         "mps": {"available": _has_mps(), "reason": None if _has_mps() else _no_mps()},
         "defaults": {"device": default, "precision": default_precision(default)},
         "precisions": {device: precisions(device) for device in devices},
-        "kernels": {"bnb": _bnb(), "torch": _kernel(None), "triton": _triton()},
+        "kernels": {"bnb": _bnb(), "torch": _kernel(None, "plain PyTorch"), "triton": _triton()},
         "nvml": _or_reason(_nvml),
         "rapl": _or_reason(lambda: {"counters": [zone.name for zone in rapl_zones()]}),
         "nsys": _or_reason(_nsys),
@@ -346,8 +346,8 @@ def _bnb() -> dict[str, Any]:
         if not right[0]:
             return _kernel(f"it dequantises NF4 wrongly on {device}")
         wrong += [] if right[1] else [device]
-    note = "wrong for weights whose columns are no multiple of the blocksize, 64"
-    return _kernel(None, f"on {' and '.join(wrong)} {note}" if wrong else None)
+    note = "for weights whose columns are no multiple of the blocksize, 64"
+    return _kernel(None, f"wrong on {' and '.join(wrong)} {note}" if wrong else None)
 
 
 def _dequantises(functional: Any, columns: int, device: str) -> bool:

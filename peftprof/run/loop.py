@@ -89,12 +89,13 @@ class Trainee:
         """Accuracy and mean loss on the validation split; draws no random number."""
         self.model.eval()
         correct, loss, examples = 0, 0.0, len(self.validation.labels)
-        for batch in self.validation.in_order(2 * self.config.batch_size):
-            batch = batch.to(self.device)
-            with self.autocast():
-                logits = self.model(**batch.inputs).logits.float()
-            loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
-            correct += int((logits.argmax(-1) == batch.labels).sum())
+        with annotate.phase("eval"):
+            for batch in self.validation.in_order(2 * self.config.batch_size):
+                batch = batch.to(self.device)
+                with self.autocast():
+                    logits = self.model(**batch.inputs).logits.float()
+                loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
+                correct += int((logits.argmax(-1) == batch.labels).sum())
         self.model.train()
         low, high = wilson(correct, examples)
         return Accuracy(correct, examples, correct / examples, low, high, loss / examples)

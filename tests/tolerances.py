@@ -1,0 +1,51 @@
+"""Every tolerance of the tests, by name, with its reason.
+
+Kernel tolerances are relative Frobenius errors against a float64 reference: one number a
+tensor, the same for small and large elements, and independent of the tensor's size.
+"""
+
+import torch
+
+# A product of matrices, or a sum of a few, in the named dtype, accumulated in fp32. The
+# rounding of one element is half of the last place (fp32 6e-8, bf16 4e-3, fp16 5e-4); errors
+# of different elements are independent, so their norm is about 0.6 of that, and a LoRA
+# result passes through at most three roundings, of which two are of the small adapter part.
+GEMM = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 5e-3,
+    torch.float16: 1e-3,
+}
+
+# A gradient of A or B in half precision: dA = dS^T X, where dS is itself a rounded
+# product and the sum over the tokens cancels, which leaves the roundings' part larger than
+# in a plain product.
+ADAPTER_GRAD = {**GEMM, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+# Two fp32 evaluations of the same expression in another order of summation.
+FP32_REORDERED = 1e-5
+
+# Two bf16 evaluations that round in different places: each is within GEMM of the truth.
+BF16_REORDERED = 2 * GEMM[torch.bfloat16]
+
+# The farthest a weight lies from its NF4 value, in units of the block's absmax: half of
+# the widest gap between codes, -1 to -0.6962, and a little for the rounding of the
+# division that quantised it.
+NF4_HALF_GAP = (1 - 0.6961928) / 2 + 1e-4
+
+
+def relative_error(
+    actual: torch.Tensor, expected: torch.Tensor, squares: torch.Tensor | None = None
+) -> float:
+    """|actual - expected| / |expected|, Frobenius, in float64; a NaN counts as infinite.
+
+    A tensor of a few elements can cancel to almost nothing and then has no accurate digit
+    in any implementation. With ``squares``, the expression evaluated on the squares of its
+    inputs, the error is taken relative to |expected|'s mean over all signs of the terms.
+    """
+    difference = (actual.double() - expected.double()).norm().item()
+    if difference != difference:
+        return float("inf")
+    reference = expected.double().norm() if squares is None else squares.sum().sqrt()
+    size = reference.item()
+    return difference / size if size else difference
