@@ -49,7 +49,7 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
                 "step p50 / p95 / p99",
                 f"{t.step_p50_ms:.1f} / {t.step_p95_ms:.1f} / {t.step_p99_ms:.1f} ms",
             ),
-            ("timed", f"{t.steps} steps, the first {t.warmup_steps} (or after a resume) left out"),
+            ("timed", f"{t.steps - t.warmup_steps} of {t.steps} steps; the rest is warm-up"),
         ]
     else:
         rows.append(("samples/s", "not measured: every step was warm-up"))
@@ -95,7 +95,7 @@ def _memory(memory: Memory) -> list[tuple[str, str]]:
 def _energy(energy: Energy) -> str:
     if energy.joules:
         return ", ".join(f"{name} {joules:.1f} J" for name, joules in energy.joules.items())
-    return "not measurable here: " + "; ".join(energy.absent.values())
+    return "not measurable here: " + "; ".join(dict.fromkeys(energy.absent.values()))
 
 
 def _profiled(record: RunRecord) -> str:

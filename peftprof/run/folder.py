@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from peftprof.errors import FolderError
 from peftprof.records import Accuracy, RunRecord, decode, encode
 
@@ -141,19 +143,29 @@ class RunFolder:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(self.path / name)
-        except OSError as error:
-            raise FolderError(f"cannot write {self.path / name}: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(name, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def save_folder(self, name: str, save: Callable[[Path], None]) -> None:
         """Let `save` fill a temporary folder that then becomes `name`."""
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".new-") as work:
-            made = Path(work) / name
-            made.mkdir()
-            save(made)
-            shutil.rmtree(self.path / name, ignore_errors=True)
-            made.replace(self.path / name)
+        try:
+            with tempfile.TemporaryDirectory(dir=self.path, prefix=".new-") as work:
+                made = Path(work) / name
+                made.mkdir()
+                save(made)
+                shutil.rmtree(self.path / name, ignore_errors=True)
+                made.replace(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise self._cannot_write(name, error) from error
+
+    def _cannot_write(self, name: str, error: Exception) -> FolderError:
+        why = getattr(error, "strerror", None) or str(error)
+        return FolderError(
+            f"cannot write {self.path / name}: {why}; what was written before is whole, and "
+            "--resume goes on from it"
+        )
 
     def tidy(self) -> None:
         """Remove what a killed process may have left under temporary names."""

@@ -27,8 +27,8 @@ OPTIMIZER_CATEGORY = CATEGORIES.index("optimizer")
 class Meaning:
     """What each event (row) is. NONE: no category, no layer, no operator.
 
-    `category` numbers CATEGORIES or is `rules.IDLE`; `layer` is a name's number; `shown`
-    is the event whose name the work goes by.
+    `category` numbers CATEGORIES; `layer` is a name's number; `shown` is the event whose
+    name the work goes by.
     """
 
     phase: Ints
@@ -38,22 +38,29 @@ class Meaning:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """Events (rows) to count, and the step of each."""
+
+    row: Ints
+    step: Ints
+
+
+@dataclass(frozen=True)
 class Attribution:
     """Where the time of each step went.
 
-    `pieces` and `idle_ns` [step, phase] sum to the windows exactly. `calls` are the rows
-    counted as work, with the step each belongs to; `outer` marks those that are not part
-    of an enclosing operator of the same phase and category. `overlap_ns` is time in which
-    further work ran beside what was counted.
+    `pieces` and `idle_ns` [step, phase] sum to the windows exactly. `calls` are all
+    operators or device events; `entries` are those, or ranges of ours, at which work enters
+    its phase and category. `overlap_ns` is time in which further work ran beside what was
+    counted.
     """
 
     events: Events
     meaning: Meaning
     windows: Windows
     pieces: Pieces
-    calls: Ints
-    call_step: Ints
-    outer: Bools
+    calls: Calls
+    entries: Calls
     idle_ns: Ints
     overlap_ns: Ints
 
@@ -84,7 +91,8 @@ class _Context:
     phase: Ints
     layer: Ints
     operator: Ints  # row of the innermost operator, itself included
-    ranged: Ints  # category by the innermost range that has one
+    names_category: Bools  # a range that names a category
+    ranged: Ints  # category by the innermost such range
     before: Ints  # by the forward's range, head, optimizer, operators that own what is under them
     after: Ints  # by the rules of the innermost operator
     python: Bools  # in the Python body of an autograd.Function, no operator running
@@ -93,7 +101,6 @@ class _Context:
 def _cpu(events: Events, found: Steps, ruleset: Rules) -> Attribution:
     context = _context(events, found, ruleset)
     category = _first(context.ranged, context.before, context.after)
-    category = np.where(context.python, rules.IDLE, category)
     meaning = Meaning(context.phase, category, context.layer, context.operator)
 
     innermost = context.tree.innermost
@@ -106,21 +113,36 @@ def _cpu(events: Events, found: Steps, ruleset: Rules) -> Attribution:
     step, free = cut(innermost[events.thread[innermost.row] == found.thread], found.windows)
     idle = _table(step, context.phase[free.row], cover.free(free), len(found.windows))
 
-    counted = (events.kind == Kind.OPERATOR) & ~context.python
-    calls = np.flatnonzero(counted)
-    call_step = found.windows.holding(events.start[calls])
-    calls, call_step = calls[call_step != NONE], call_step[call_step != NONE]
-    above = context.tree.above(context.operator)[calls]
-    part = (
-        (above != NONE)
-        & ~context.python[above]
-        & (category[above] == category[calls])
-        & (context.phase[above] == context.phase[calls])
-    )
     overlap = _overlap(running, pieces, found.windows)
+    calls = (events.kind == Kind.OPERATOR) & ~context.python
     return Attribution(
-        events, meaning, found.windows, pieces, calls, call_step, ~part, idle, overlap
+        events=events,
+        meaning=meaning,
+        windows=found.windows,
+        pieces=pieces,
+        calls=_in_steps(events, found.windows, calls),
+        entries=_in_steps(events, found.windows, _entries(events, context, meaning, calls)),
+        idle_ns=idle,
+        overlap_ns=overlap,
     )
+
+
+def _entries(events: Events, context: _Context, meaning: Meaning, calls: Bools) -> Bools:
+    """Which operators, or ranges that name a category, are not part of one of the same."""
+    counted = calls | context.names_category
+    around = context.tree.above(
+        context.tree.inherit(np.where(counted, np.arange(len(events)), NONE))
+    )
+    same_category = meaning.category[around] == meaning.category
+    same_phase = meaning.phase[around] == meaning.phase
+    entering: Bools = counted & ~((around != NONE) & same_category & same_phase)
+    return entering
+
+
+def _in_steps(events: Events, windows: Windows, chosen: Bools) -> Calls:
+    rows = np.flatnonzero(chosen)
+    step = windows.holding(events.start[rows])
+    return Calls(rows[step != NONE], step[step != NONE])
 
 
 def _running(events: Events, context: _Context) -> Segments:
@@ -160,17 +182,17 @@ def _device(events: Events, found: Steps, ruleset: Rules) -> Attribution:
     idle = _table(gap_step, waiting, gaps.end - gaps.start, len(windows))
 
     call_step = np.where(launched, step, windows.holding(events.start))
-    calls = np.flatnonzero(device & (call_step != NONE))
+    called = rows[call_step[rows] != NONE]
+    calls = Calls(called, call_step[called])
     return Attribution(
-        events,
-        meaning,
-        windows,
-        pieces,
-        calls,
-        call_step[calls],
-        np.ones(len(calls), np.bool_),
-        idle,
-        _overlap(work, pieces, windows),
+        events=events,
+        meaning=meaning,
+        windows=windows,
+        pieces=pieces,
+        calls=calls,
+        entries=calls,
+        idle_ns=idle,
+        overlap_ns=_overlap(work, pieces, windows),
     )
 
 
@@ -196,7 +218,8 @@ def _context(events: Events, found: Steps, ruleset: Rules) -> _Context:
     rows = np.arange(len(events))
     by_name = _range_names(events, ruleset)
     phase = tree.inherit(np.where(is_range, by_name[0][events.name], NONE))
-    in_range = tree.inherit(np.where(is_range, by_name[1][events.name], NONE))
+    own_range = np.where(is_range, by_name[1][events.name], NONE)
+    in_range = tree.inherit(own_range)
     layer_name = np.where(by_name[2], np.arange(len(events.names)), NONE)
     layer = tree.inherit(np.where(is_range, layer_name[events.name], NONE))
     head = np.where((layer != NONE) & by_name[3][layer], HEAD_LOSS, NONE)
@@ -221,6 +244,7 @@ def _context(events: Events, found: Steps, ruleset: Rules) -> _Context:
         phase=phase,
         layer=_first(layer, linked(layer)),
         operator=operator,
+        names_category=own_range != NONE,
         ranged=in_range,
         before=_first(
             first, linked(in_range), head, linked(head), optimizer, within, linked(within)

@@ -72,12 +72,11 @@ def _scaled(parts: Floats, total: float) -> Floats:
 
 
 def _rows(found: Attribution, parts: Floats, typical: Floats, total: float) -> Iterable[Row]:
-    outer = found.calls[found.outer]
-    part = found.meaning.phase[outer] * len(CATEGORIES) + found.meaning.category[outer]
-    known = found.meaning.category[outer] != NONE
+    known = found.meaning.category[found.entries.row] != NONE
+    row, step = found.entries.row[known], found.entries.step[known]
+    part = found.meaning.phase[row] * len(CATEGORIES) + found.meaning.category[row]
     columns = len(PHASES) * len(CATEGORIES)
-    step = found.call_step[found.outer][known]
-    counts = _sums(step, part[known], np.ones_like(step), len(found.windows), columns)
+    counts = _sums(step, part, np.ones_like(step), len(found.windows), columns)
     for i in np.flatnonzero(parts[:, :columns].any(axis=0)):
         yield Row(
             phase=PHASES[i // len(CATEGORIES)],
@@ -105,7 +104,7 @@ def _operators(found: Attribution, step_ns: float) -> list[Operator]:
     keys = shown * width + meaning.category[found.pieces.row] % width
     for key, ns in zip(*_grouped(keys, found.pieces.ns), strict=True):
         sums.setdefault(key, _Sum()).ns = ns / steps
-    keys = events.name[found.calls] * width + meaning.category[found.calls] % width
+    keys = events.name[found.calls.row] * width + meaning.category[found.calls.row] % width
     for key, count in zip(*_grouped(keys, np.ones_like(keys)), strict=True):
         sums.setdefault(key, _Sum()).count = count / steps
     names = (*CATEGORIES, "unattributed")

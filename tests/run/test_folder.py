@@ -1,12 +1,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftprof.errors import FolderError
+from peftprof.run import runner
 from peftprof.run.folder import RunFolder, Step
 from tests.test_records import RECORD
 
@@ -36,20 +38,45 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs mounts by an ordinary command")
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no mounts allowed here")
-    try:
-        folder = RunFolder(tmp_path)
-        folder.write_record(RECORD)
-        with pytest.raises(FolderError, match="No space left"), folder.whole("run.json") as new:
-            new.write_bytes(b"x" * 2**20)
-        assert folder.read_record() == RECORD
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(size)`: a folder on a disk of that size."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk is a tmpfs mount, which needs Linux and root")
+    mounted = []
+
+    def mount(size: str) -> Path:
+        path = tmp_path / f"disk-{size}"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+            pytest.skip("no mounts allowed here")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(small_disk):
+    folder = RunFolder(small_disk("64k"))
+    folder.write_record(RECORD)
+    with pytest.raises(FolderError, match="No space left"), folder.whole("run.json") as new:
+        new.write_bytes(b"x" * 2**20)
+    assert folder.read_record() == RECORD
+
+
+@pytest.mark.parametrize(("method", "size"), [("full", "200k"), ("lora", "32k")])
+def test_a_run_on_a_disk_that_fills_up_can_go_on(method, size, small_disk, small_run, quiet):
+    config = small_run(method, checkpoint_every=4, profiler="none")
+    path = small_disk(size) / "run"
+    with pytest.raises(FolderError, match="cannot write") as raised:
+        runner.train(config, path, [], quiet)
+    assert "\n" not in str(raised.value)
+    assert RunFolder.open(path).read_record().state == "running"
+    subprocess.run(["mount", "-o", "remount,size=100m", str(path.parent)], check=True)
+    assert runner.resume(path, quiet).read_record().state == "complete"
 
 
 def test_folders_that_cannot_be_made(tmp_path):
@@ -61,7 +88,7 @@ def test_folders_that_cannot_be_made(tmp_path):
             RunFolder.check_free(path)
     for path in (tmp_path / "file" / "run", "/proc/run"):
         with pytest.raises(FolderError, match="cannot write"):
-            RunFolder.check_free(type(tmp_path)(path))
+            RunFolder.check_free(Path(path))
     RunFolder.check_free(tmp_path / "new" / "deep").create()
     assert (tmp_path / "new" / "deep").is_dir()
 

@@ -70,7 +70,7 @@ def test_time_between_steps_is_nobodys(tmp_path: Path) -> None:
         trace.op("aten::mul", start + 50, start + 150)
     found = read(trace, tmp_path)
     assert times(found) == {("other", "elementwise"): 100}
-    assert found.call_step.tolist() == [0, 1]
+    assert found.calls.step.tolist() == [0, 1]
 
 
 def test_profiler_steps_stand_in_where_there_are_no_steps_of_ours(tmp_path: Path) -> None:
@@ -239,8 +239,13 @@ def test_calls_are_counted_where_work_enters_a_category(tmp_path: Path) -> None:
     trace.op("aten::addmm", 10, 50)
     trace.op("aten::mul", 60, 70)
     trace.op("aten::mul", 80, 80)  # no time, but a call
+    trace.range("op:dequant", 81, 100)
+    trace.op("aten::mul", 82, 84)
+    trace.op("aten::add", 85, 90)
     found = read(trace, tmp_path)
-    assert found.outer.tolist() == [True, False, True, True]
+    entered = [found.events.named(row) for row in found.entries.row]
+    assert entered == ["aten::linear", "aten::mul", "aten::mul", "op:dequant"]
+    assert len(found.calls.row) == 6
 
 
 def gpu_trace() -> Trace:
