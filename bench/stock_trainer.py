@@ -43,7 +43,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         prepared.source,
         config,
         prepared.family,
-        prepared.data.info.labels,
+        prepared.loaded.info.labels,
         prepared.tokenizer.pad_token_id,
     )
     if config.method != "full":
@@ -87,7 +87,9 @@ def run(config: RunConfig) -> dict[str, Any]:
             train_dataset=_Rows(prepared.train),
             eval_dataset=_Rows(prepared.validation),
             data_collator=transformers.DataCollatorWithPadding(prepared.tokenizer),
-            compute_metrics=lambda p: {"correct": int((p.predictions.argmax(-1) == p.label_ids).sum())},
+            compute_metrics=lambda p: {
+                "correct": int((p.predictions.argmax(-1) == p.label_ids).sum())
+            },
         )
         trained = trainer.train()
         correct = trainer.evaluate()["eval_correct"]

@@ -31,7 +31,12 @@ def tiny_config(family: str, hidden: int):
     if family == "roberta":
         sizes |= {"max_position_embeddings": 514}
     if family == "modernbert":
-        sizes |= {"cls_token_id": 101, "sep_token_id": 102, "bos_token_id": 101, "eos_token_id": 102}
+        sizes |= {
+            "cls_token_id": 101,
+            "sep_token_id": 102,
+            "bos_token_id": 101,
+            "eos_token_id": 102,
+        }
     return AutoConfig.for_model(family, **sizes)
 
 
@@ -66,7 +71,8 @@ def sentences(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "sentences.csv"
     words = ("dull", "weak", "poor", "flat"), ("bright", "fine", "grand", "warm")
     rows = [
-        f"a {'very ' * (i % 5)}{words[i % 2][i // 2 % 4]} film number {i},{i % 2}" for i in range(96)
+        f"a {'very ' * (i % 5)}{words[i % 2][i // 2 % 4]} film number {i},{i % 2}"
+        for i in range(96)
     ]
     path.write_text("text,label\n" + "\n".join(rows) + "\n")
     return path

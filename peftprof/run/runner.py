@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftprof.config import RunConfig
 from peftprof.errors import DeviceError, FolderError, InputError, TrainingError
 from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
@@ -61,7 +59,7 @@ class Prepared:
     source: models.Source
     family: models.Family
     tokenizer: Any
-    data: data.Data
+    loaded: data.Data
     train: data.Batches
     validation: data.Batches
 
@@ -72,7 +70,7 @@ class Prepared:
             self.source,
             config,
             self.family,
-            self.data.info.labels,
+            self.loaded.info.labels,
             self.tokenizer.pad_token_id,
         )
         info = models.describe(self.source, model)
@@ -171,14 +169,14 @@ def _timed_pass(
 ) -> tuple[RunRecord, list[Step]]:
     # Whatever is wrong with the model is said before a folder is made.
     trainee, info = prepared.build()
-    _same_inputs(record, info, prepared.data.info)
+    _same_inputs(record, info, prepared.loaded.info)
     before = adapters.frozen_sha256(trainee.model)
     if record.base_sha256 not in (None, before):
         raise FolderError("the frozen weights are not those the run started with; start a new run")
     record = dataclasses.replace(
         record,
         model=info,
-        data=prepared.data.info,
+        data=prepared.loaded.info,
         target_modules=prepared.family.targets if prepared.config.method != "full" else (),
         head_modules=prepared.family.head,
         base_sha256=before,

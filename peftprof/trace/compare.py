@@ -34,9 +34,28 @@ def _work(record: RunRecord) -> dict[str, Any]:
         "max_length": config.get("max_length", "unknown"),
         "precision": config.get("precision", "unknown"),
         "seed": config.get("seed", "unknown"),
-        "device": record.environment.get("device") or config.get("device", "unknown"),
+        "device": _device(record),
         "real_tokens_per_step": f"{timed.real_tokens_per_step:.1f}" if timed else "unknown",
     }
+
+
+def _device(record: RunRecord) -> str:
+    """The device by its setting and, where the run recorded it, by its make."""
+    device = str(record.config.get("device", "unknown"))
+    kind, _, index = device.partition(":")
+    if kind == "cuda":
+        made = _table(record, "cuda").get("devices")
+        names = [d.get("name") for d in made if isinstance(d, dict)] if made else []
+        number = int(index) if index.isdecimal() else 0
+        return f"{device} {names[number]}" if number < len(names) else device
+    threads = _table(record, "torch").get("threads")
+    model = _table(record, "cpu").get("model")
+    return device + (f" {model}" if model else "") + (f", {threads} threads" if threads else "")
+
+
+def _table(record: RunRecord, key: str) -> dict[str, Any]:
+    value = record.environment.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _distinct(values: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ from safetensors import safe_open
 
 from peftprof.errors import ConfigError, DeviceError, TrainingError
 from peftprof.run import adapters, runner
-from peftprof.run.folder import RunFolder
 from tests import tolerances
 from tests.conftest import FAMILIES
 
@@ -103,7 +102,7 @@ def test_a_tensor_without_gradient_stops_the_run(small_run):
     trainee, _ = runner.prepare(small_run("lora")).build()
     trainee.model.register_parameter("spare", torch.nn.Parameter(torch.zeros(3)))
     trainee.step(0)
-    with pytest.raises(TrainingError, match="1 of .* got no gradient, spare first"):
+    with pytest.raises(TrainingError, match=r"1 of .* got no gradient, spare first"):
         adapters.check_gradients(trainee.model)
 
 

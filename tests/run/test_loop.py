@@ -19,7 +19,9 @@ def losses(folder):
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("kill_at", [3, 5, 9, 13])
-def test_a_killed_run_resumes_to_the_same_bits(method, kill_at, small_run, tmp_path, quiet, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(
+    method, kill_at, small_run, tmp_path, quiet, monkeypatch
+):
     """Dropout, data order, optimiser and schedule go on as if nothing had happened."""
     config = small_run(method, checkpoint_every=4, profiler="none")
     whole = runner.train(config, tmp_path / "whole", [], quiet)

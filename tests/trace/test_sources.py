@@ -165,3 +165,18 @@ def test_the_method_may_differ_the_work_may_not() -> None:
             "real_tokens_per_step: 200.0 vs unknown",
         ],
     )
+
+
+def test_devices_are_told_apart_by_make_and_threads() -> None:
+    cpu = {"cpu": {"model": "EPYC"}, "torch": {"threads": 1}}
+    one = record(environment=cpu)
+    assert compare([one, record(environment=cpu)]) == (True, [])
+    two = record(environment={**cpu, "torch": {"threads": 2}})
+    assert compare([one, two])[1] == ["device: cpu EPYC, 1 threads vs cpu EPYC, 2 threads"]
+    cuda = {"cuda": {"devices": [{"name": "A100"}, {"name": "H100"}]}}
+    gpus = [
+        record(config={**one.config, "device": device}, environment=cuda)
+        for device in ("cuda", "cuda:1", "cuda:2")
+    ]
+    assert compare(gpus)[1] == ["device: cuda A100 vs cuda:1 H100 vs cuda:2"]
+    assert compare([record(environment={"cpu": 7, "torch": []}), one])[0] is False
