@@ -38,6 +38,7 @@ NAMED_FROM = 0.01  # a share of unattributed time that is worth listing its oper
 NAME_WIDTH = 16
 RUN_WIDTH = 14  # four runs fit 80 columns
 BAR_WIDTH = 40
+UNLIKE = 1.5  # longest over shortest step from which the reader is told
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -187,6 +188,9 @@ def _notes(breakdown: Breakdown) -> Iterator[str]:
         yield "Idle: no operator runs (Python, hooks, the framework between operators)."
     else:
         yield "Idle: nothing runs on the device, which waits for the phase named."
+    step = breakdown.step_ns
+    if step.max > UNLIKE * step.min:
+        yield "The steps differ much: something else used the machine, or their work is unlike."
     if breakdown.overlap_ns > 0.001 * breakdown.step_ns.median:
         ms = _ms(breakdown.overlap_ns, _digits(breakdown.step_ns.median))
         yield f"Overlap: {ms} ms of further work a step ran beside what is counted here."
@@ -283,7 +287,10 @@ def _side_by_side(
             Text(f"{_ms(ns, digits)} {100 * ns / total:6.1f}" if ns else "-", style)
             for ns, total in zip(values, totals, strict=True)
         ]
-        change = [Text(f"{(values[1] - values[0]) / 1e6:+,.{digits}f}", style)] if delta else []
+        change = []
+        if delta:
+            text = f"{(values[1] - values[0]) / 1e6:+,.{digits}f}" if any(values) else "-"
+            change.append(Text(text, style))
         table.add_row(Text(label, style), *cells, *change)
 
     for line in keys:

@@ -50,7 +50,7 @@ def _device(record: RunRecord) -> str:
         return f"{device} {names[number]}" if number < len(names) else device
     threads = _table(record, "torch").get("threads")
     model = _table(record, "cpu").get("model")
-    return device + (f" {model}" if model else "") + (f", {threads} threads" if threads else "")
+    return device + (f" {model}" if model else "") + (f", threads {threads}" if threads else "")
 
 
 def _table(record: RunRecord, key: str) -> dict[str, Any]:

@@ -148,3 +148,9 @@ def test_a_category_that_only_one_run_has_keeps_its_line() -> None:
     other = replace(made("two"), rows=one.rows[1:])
     text = shown(loaded(one, other))
     assert re.search(r"^  dequant +3\.00 +15\.0 +- +-3\.00", text, re.MULTILINE)
+
+
+def test_steps_that_differ_much_are_told() -> None:
+    assert "differ much" not in shown(loaded(made()))
+    uneven = replace(made(), step_ns=Spread(STEP, 0.5 * STEP, 1.1 * STEP))
+    assert "differ much" in shown(loaded(uneven))

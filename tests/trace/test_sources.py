@@ -172,7 +172,7 @@ def test_devices_are_told_apart_by_make_and_threads() -> None:
     one = record(environment=cpu)
     assert compare([one, record(environment=cpu)]) == (True, [])
     two = record(environment={**cpu, "torch": {"threads": 2}})
-    assert compare([one, two])[1] == ["device: cpu EPYC, 1 threads vs cpu EPYC, 2 threads"]
+    assert compare([one, two])[1] == ["device: cpu EPYC, threads 1 vs cpu EPYC, threads 2"]
     cuda = {"cuda": {"devices": [{"name": "A100"}, {"name": "H100"}]}}
     gpus = [
         record(config={**one.config, "device": device}, environment=cuda)
