@@ -71,8 +71,8 @@ def dropout_mask(
     bits = torch.empty((chunk + 3) // 4, dtype=torch.int64, device=device)
     for start in range(0, flat.numel(), limit):
         part = flat[start : start + limit]
-        bits.random_(-(2**63), None, generator=generator)
-        torch.le(bits.view(torch.int16)[: part.numel()], largest, out=part)
+        drawn = bits[: (part.numel() + 3) // 4].random_(-(2**63), None, generator=generator)
+        torch.le(drawn.view(torch.int16)[: part.numel()], largest, out=part)
     return mask
 
 
