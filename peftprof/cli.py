@@ -66,6 +66,9 @@ def train(
         Path | None, typer.Option(help="Run folder to make; default one below traces/.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw the closing table to this file.")
+    ] = None,
 ) -> None:
     """Fine-tune, timed; then profile a few steps of the same run.
 
@@ -112,7 +115,7 @@ def train(
         else:
             assert resume is not None
             folder = runner.resume(resume, watch)
-    console.print(render(folder.read_record(), folder.path))
+    _show(render(folder.read_record(), folder.path), svg, "python -m peftprof train")
 
 
 def _names(text: str | None, option: str) -> tuple[str, ...] | None:
