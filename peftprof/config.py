@@ -65,12 +65,14 @@ class RunConfig:
             _at_least(name, getattr(self, name), 1)
         if self.max_steps is not None:
             _at_least("max_steps", self.max_steps, 1)
-        _between("seed", self.seed, 0, 2**63 - 1)
+        _between("seed", self.seed, 0, 2**32 - 1)  # what every library takes
         _between("dropout", self.dropout, 0, 1, "less than 1", strict=True)
         _between("warmup_ratio", self.warmup_ratio, 0, 1)
         _between("weight_decay", self.weight_decay, 0, math.inf)
         for name in ("learning_rate", "epochs", "max_grad_norm"):
             _positive(name, getattr(self, name))
+        _between("epochs", self.epochs, 0, 1e6)
+        _between("max_steps", self.max_steps or 1, 0, 10**9)
         if self.alpha is not None:
             _positive("alpha", self.alpha)
         for name in ("model", "dataset"):
@@ -167,5 +169,5 @@ def _between(
     name: str, value: float, low: float, high: float, text: str = "", strict: bool = False
 ) -> None:
     if not (low <= value < high if strict else low <= value <= high) or math.isnan(value):
-        bound = f"{low} or more" + (f" and {text or f'at most {high}'}" if high < 2**62 else "")
+        bound = f"{low} or more" + (f" and {text or f'at most {high}'}" if high < math.inf else "")
         raise ConfigError(f"{_option(name)} is {value}; it must be {bound}")

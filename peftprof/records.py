@@ -86,7 +86,7 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model of a run: `fingerprint` is SHA-256 over names, shapes and bytes of its weights."""
+    """The model of a run: `fingerprint` is SHA-256 over its weight files."""
 
     name: str
     source: str
@@ -178,8 +178,9 @@ class Profiled:
     """The short profiled pass, whose times are never mixed into the timed results.
 
     `overhead` is the profiled steps' time over the same steps unprofiled; None when the
-    timed pass was too short to hold them. `same_losses` says whether its losses equalled
-    the timed pass's bit by bit over the steps both ran.
+    timed pass did not time them. `same_losses` says whether its losses equalled the timed
+    pass's bit by bit over the steps both ran, `loss_difference` the largest relative
+    difference between them.
     """
 
     profiler: str
@@ -188,6 +189,7 @@ class Profiled:
     step_p50_ms: float
     overhead: float | None
     same_losses: bool | None
+    loss_difference: float | None
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class RunRecord:
     target_modules: tuple[str, ...] = ()
     head_modules: tuple[str, ...] = ()
     trainable: Trainable | None = None
-    base_sha256: str | None = None  # frozen weights, equal before and after, or the run failed
+    base_sha256: str | None = None  # frozen weights, the same before and after; None: none is
     timed: Timed | None = None
     accuracy: Accuracy | None = None
     memory: Memory | None = None
@@ -248,6 +250,8 @@ def _decode(kind: Any, value: Any) -> Any:
         return typing.cast(Any, kind)(
             **{k: _decode(hints[k], v) for k, v in value.items() if k in hints}
         )
+    if origin in (tuple, dict) and not isinstance(value, dict if origin is dict else list):
+        raise ValueError(f"{value!r:.80} is no {'table' if origin is dict else 'list'}")
     if origin is tuple:
         return tuple(_decode(args[0], v) for v in value)
     if origin is dict:

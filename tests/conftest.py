@@ -16,7 +16,7 @@ DECODERS = ("llama", "qwen2", "qwen3", "mistral")
 def tiny_config(family: str, hidden: int):
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 30522, "pad_token_id": 0, "num_labels": 2}
+    sizes = {"vocab_size": 30528, "pad_token_id": 0, "num_labels": 2}
     if family == "distilbert":
         sizes |= {"dim": hidden, "hidden_dim": 2 * hidden, "n_heads": 2, "n_layers": 2}
     else:

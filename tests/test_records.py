@@ -22,12 +22,23 @@ def test_a_record_survives_json():
 
 
 def test_fields_of_a_newer_version_are_passed_over():
-    assert decode(RunRecord, encode(RECORD) | {"weather": "fine"}) == RECORD
+    newer = json.loads(json.dumps(encode(RECORD))) | {"weather": "fine"}
+    assert decode(RunRecord, newer) == RECORD
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, [], 3, {}, {"version": "1"}, encode(RECORD) | {"accuracy": {"correct": 1}}],
+    [
+        None,
+        [],
+        3,
+        {},
+        {"version": "1"},
+        encode(RECORD) | {"accuracy": {"correct": 1}},
+        encode(RECORD) | {"config": []},
+        encode(RECORD) | {"environment": "abc"},
+        encode(RECORD) | {"command": "abc"},
+    ],
 )
 def test_what_is_no_record_is_refused(value):
     with pytest.raises((ValueError, TypeError, KeyError)):

@@ -86,9 +86,14 @@ def _memory(memory: Memory) -> list[tuple[str, str]]:
     known = ", ".join(f"{name} {mib(size)}" for name, size in sizes.items() if size is not None)
     missing = [name for name, size in sizes.items() if size is None]
     rows = [("peak memory", known or "not measured")]
+    reasons = dict(memory.absent)
+    reset = reasons.pop("rss_reset", None)
     if missing:
-        reasons = sorted(set(memory.absent.values()))
-        rows.append(("", f"{', '.join(missing)} absent: {'; '.join(reasons)}"))
+        rows.append(
+            ("", f"{', '.join(missing)} absent: {'; '.join(sorted(set(reasons.values())))}")
+        )
+    if reset:
+        rows.append(("", reset))
     return rows
 
 
@@ -105,5 +110,6 @@ def _profiled(record: RunRecord) -> str:
     if p.overhead is not None:
         text += f", {p.overhead:.2f}x the same steps unprofiled"
     if p.same_losses is not None:
-        text += ", same losses" if p.same_losses else ", losses differ in rounding"
+        differ = f", losses differ by up to {p.loss_difference:.1e}"
+        text += ", same losses" if p.same_losses else differ
     return text

@@ -55,14 +55,15 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
 
 
 def _check_targets(model: torch.nn.Module, config: RunConfig, family: Family) -> None:
+    # The head is trained whole, so it is nothing to adapt.
+    base = {n: m for n, m in model.named_modules() if n.split(".")[0] not in family.head}
     for target in family.targets:
-        named = [m for n, m in model.named_modules() if n == target or n.endswith("." + target)]
+        named = [m for n, m in base.items() if n == target or n.endswith("." + target)]
         if not named:
-            leaves = sorted(
-                {n.rpartition(".")[2] for n, m in model.named_modules() if _is_linear(m)}
-            )
+            leaves = sorted({n.rpartition(".")[2] for n, m in base.items() if _is_linear(m)})
             raise ConfigError(
-                f"no module of {config.model!r} is called {target!r}; its linear layers are "
+                f"no module of {config.model!r} before its head is called {target!r}; its linear "
+                f"layers are "
                 f"{', '.join(leaves)}"
             )
         for module in named:

@@ -45,27 +45,31 @@ def profile(
             advance(number)
     durations = clock.durations_ns()
     watcher.steps(len(losses), float(losses[-1]), 0.0, None)
+    difference = _difference(torch.stack(losses).tolist(), timed)
     return Profiled(
         profiler=profiler,
         trace=TRACE if profiler == "torch" else None,
         active_steps=ACTIVE,
         step_p50_ms=statistics.median(durations[-ACTIVE:]) / 1e6,
         overhead=_overhead(durations, timed),
-        same_losses=_same(torch.stack(losses).tolist(), timed),
+        same_losses=None if difference is None else difference == 0,
+        loss_difference=difference,
     )
 
 
 def _overhead(profiled_ns: list[int], timed: list[Step]) -> float | None:
     """Time of the recorded steps over that of the very same steps unprofiled."""
-    unprofiled = [s.ns for s in timed if WAIT + WARMUP <= s.step < WAIT + WARMUP + ACTIVE]
+    active = range(WAIT + WARMUP, WAIT + WARMUP + ACTIVE)
+    unprofiled = [s.ns for s in timed if s.step in active and not s.warmup]
     if len(unprofiled) < ACTIVE:
         return None
     return sum(profiled_ns[-ACTIVE:]) / sum(unprofiled)
 
 
-def _same(losses: list[float], timed: list[Step]) -> bool | None:
+def _difference(losses: list[float], timed: list[Step]) -> float | None:
+    """The largest relative difference to the timed pass's losses."""
     both = [(losses[s.step], s.loss) for s in timed if s.step < len(losses)]
-    return all(a == b for a, b in both) if both else None
+    return max((abs(a - b) / abs(b or 1) for a, b in both), default=None)
 
 
 @contextlib.contextmanager
@@ -102,8 +106,9 @@ def _torch_profiler(trainee: Trainee, folder: RunFolder) -> Iterator[Callable[[i
         acc_events=True,
     ) as profiler:
 
-        def advance(_: int) -> None:
-            if trainee.device.type == "cuda":
+        def advance(number: int) -> None:
+            # What was launched before the active steps must not run inside them.
+            if trainee.device.type == "cuda" and number == WAIT + WARMUP - 1:
                 torch.cuda.synchronize(trainee.device)
             profiler.step()
 

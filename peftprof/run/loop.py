@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from peftprof import annotate
 from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TrainingError
-from peftprof.records import Accuracy, Trainable
+from peftprof.records import Accuracy, Energy, Memory, Trainable, decode, encode
 from peftprof.run import adapters
-from peftprof.run.data import Batch, Batches
+from peftprof.run.batches import Batch, Batches
 from peftprof.run.folder import Evaluation, RunFolder, Step
-from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock
+from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, together
 from peftprof.run.model import DTYPES
 from peftprof.run.statistics import wilson
 from peftprof.watcher import Watcher
@@ -125,7 +125,7 @@ def make_trainee(
 
 @dataclass
 class TimedPass:
-    """What the timed pass gathers on its way; a checkpoint holds all of it."""
+    """What the timed pass gathers on its way."""
 
     steps: list[Step]
     evaluations: list[Evaluation]
@@ -147,6 +147,8 @@ class TimedLoop:
         self.energy = EnergyMeter(trainee.device)
         self.memory = PeakMemory(trainee.device)
         self.passed = TimedPass([], [])
+        self._memory_before: Memory | None = None
+        self._energy_before: Energy | None = None
         self._fresh = True  # the next gradient is to be looked at
         self._waiting: list[tuple[int, torch.Tensor, Batch]] = []
 
@@ -161,7 +163,9 @@ class TimedLoop:
             done = number + 1
             at_end = done == trainee.total_steps
             epoch_ends = done % trainee.train.per_epoch == 0
-            if done % FLUSH_EVERY == 0 or at_end:
+            # After the warm-up too, so that none of its work is still queued when the
+            # energy meter starts.
+            if done % FLUSH_EVERY == 0 or at_end or done == start + WARMUP_STEPS:
                 self._flush(start)
             if epoch_ends or at_end:
                 self._flush(start)
@@ -217,6 +221,8 @@ class TimedLoop:
 
     def _evaluate(self, done: int) -> None:
         accuracy = self.trainee.evaluate()
+        if not math.isfinite(accuracy.loss):
+            raise TrainingError(f"the validation loss at step {done} is not finite; lower --lr")
         self.passed.evaluations.append(Evaluation(done, accuracy))
         self.watcher.say(
             f"step {done}: validation accuracy {100 * accuracy.accuracy:.2f} %, "
@@ -227,22 +233,44 @@ class TimedLoop:
     def _save(self, done: int) -> None:
         self.folder.write_steps(self.passed.steps)
         self.folder.write_evaluations(self.passed.evaluations)
-        save_checkpoint(self.folder, self.trainee, done, self.passed.trainable)
+        state = {
+            "trainable": encode(self.passed.trainable),
+            "memory": encode(self.peaks()),
+            "energy": encode(self.joules()),
+        }
+        save_checkpoint(self.folder, self.trainee, done, state)
+
+    def peaks(self) -> Memory:
+        """Peak memory of the pass so far, what was before a resume included."""
+        return together(self._memory_before, self.memory.result())
+
+    def joules(self) -> Energy:
+        """Energy of the timed steps so far, what was before a resume included."""
+        return added(self._energy_before, self.energy.result())
 
     def _resume(self) -> int:
         if not self.folder.checkpoint.exists():
             return 0
-        step, trainable = load_checkpoint(self.folder, self.trainee)
+        step, state = load_checkpoint(self.folder, self.trainee)
         self.passed.steps = [s for s in self.folder.read_steps() if s.step < step]
         self.passed.evaluations = [e for e in self.folder.read_evaluations() if e.step <= step]
-        self.passed.trainable = trainable
+        evaluated = [e.step for e in self.passed.evaluations]
+        if [s.step for s in self.passed.steps] != list(range(step)) or (
+            step == self.trainee.total_steps and step not in evaluated
+        ):
+            raise FolderError(
+                f"{self.folder.path} has lost steps before its checkpoint; start a new run"
+            )
+        self.passed.trainable = decode(Trainable, state["trainable"])
+        self._memory_before = decode(Memory, state["memory"])
+        self._energy_before = decode(Energy, state["energy"])
         return step
 
 
 def save_checkpoint(
-    folder: RunFolder, trainee: Trainee, step: int, trainable: Trainable | None
+    folder: RunFolder, trainee: Trainee, step: int, further: dict[str, Any]
 ) -> None:
-    """Everything that step `step` starts from, in one safetensors file."""
+    """Everything that step `step` starts from, and `further` JSON, in one safetensors file."""
     tensors = {"rng/cpu": torch.get_rng_state()}
     if trainee.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(trainee.device)
@@ -250,17 +278,13 @@ def save_checkpoint(
         tensors[f"model/{name}"] = parameter.detach().contiguous()
         for key, value in trainee.optimizer.state.get(parameter, {}).items():
             tensors[f"{key}/{name}"] = value.detach().contiguous()
-    state = {
-        "step": step,
-        "scaler": trainee.scaler.state_dict(),
-        "trainable": vars(trainable) if trainable else None,
-    }
+    state = {"step": step, "scaler": trainee.scaler.state_dict()} | further
     with folder.whole(folder.checkpoint.name) as new:
         save_file(tensors, new, metadata={"state": json.dumps(state)})
 
 
-def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, Trainable | None]:
-    """Put the trainee where the checkpoint left off; its step and parameter counts.
+def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, dict[str, Any]]:
+    """Put the trainee where the checkpoint left off; its step, and its JSON state.
 
     Raises FolderError when the checkpoint is damaged or belongs to another model.
     """
@@ -268,6 +292,9 @@ def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, Trainable
         with safe_open(folder.checkpoint, framework="pt") as file:
             state: dict[str, Any] = json.loads(file.metadata()["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if missing := {"step", "scaler", "trainable", "memory", "energy"} - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        random_state = tensors["rng/cpu"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise FolderError(f"{folder.checkpoint} is damaged: {error}") from error
     named = adapters.trainable(trainee.model)
@@ -290,8 +317,7 @@ def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, Trainable
             }
     if trainee.scaler.is_enabled():
         trainee.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(tensors["rng/cpu"])
+    torch.set_rng_state(random_state)
     if "rng/cuda" in tensors and trainee.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng/cuda"], trainee.device)
-    trainable = Trainable(**state["trainable"]) if state["trainable"] else None
-    return int(state["step"]), trainable
+    return int(state["step"]), state

@@ -116,6 +116,7 @@ class EnergyMeter:
         self._counters: dict[str, Callable[[], int]] = {}  # in microjoules
         self._wraps: dict[str, int] = {}
         self._from: dict[str, int] | None = None
+        self._counted = False
         try:
             handle, library = _handle(device, nvml)
             self._add("GPU", lambda: _gpu_energy_uj(handle, library), wrap=0)
@@ -135,6 +136,7 @@ class EnergyMeter:
         """Count from here; nothing changes when it is counting already."""
         if self._from is None:
             self._from = self._read()
+            self._counted = True
 
     def pause(self) -> None:
         """Count no further; nothing changes when it is not counting."""
@@ -148,8 +150,11 @@ class EnergyMeter:
         self._from = None
 
     def result(self) -> Energy:
-        """The joules of all stretches so far."""
+        """The joules of all stretches so far; none where there was no stretch."""
         self.pause()
+        if not self._counted:
+            unused = dict.fromkeys(self._joules, "no step was timed")
+            return Energy({}, self._absent | unused)
         return Energy(dict(self._joules), dict(self._absent))
 
     def _read(self) -> dict[str, int]:
@@ -200,6 +205,34 @@ def _counter(path: Path) -> int:
         raise Absent("the RAPL energy counter may be read by root only") from None
     except (OSError, ValueError) as error:
         raise Absent(f"the RAPL energy counter cannot be read ({error})") from None
+
+
+def together(before: Memory | None, after: Memory) -> Memory:
+    """The peaks of two parts of a pass, the second after a resume."""
+    if before is None:
+        return after
+    sizes = {
+        name: max((size for size in (a, b) if size is not None), default=None)
+        for name, a, b in (
+            ("allocated_bytes", before.allocated_bytes, after.allocated_bytes),
+            ("reserved_bytes", before.reserved_bytes, after.reserved_bytes),
+            ("nvml_bytes", before.nvml_bytes, after.nvml_bytes),
+            ("rss_bytes", before.rss_bytes, after.rss_bytes),
+        )
+    }
+    return Memory(**sizes, absent=before.absent | after.absent)
+
+
+def added(before: Energy | None, after: Energy) -> Energy:
+    """The joules of two parts of a pass; a counter missing in one is missing in both."""
+    if before is None:
+        return after
+    both = before.joules.keys() & after.joules.keys()
+    lost = dict.fromkeys(before.joules.keys() ^ after.joules.keys(), "not counted in all parts")
+    return Energy(
+        {name: before.joules[name] + after.joules[name] for name in both},
+        lost | before.absent | after.absent,
+    )
 
 
 class StepClock:

@@ -1,5 +1,6 @@
 """A run from its configuration to its folder: two passes, timed and then profiled."""
 
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -10,14 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from peftprof.config import RunConfig
 from peftprof.errors import DeviceError, FolderError, InputError, TrainingError
 from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
 from peftprof.run import adapters, capture, data, environment
 from peftprof.run import model as models
+from peftprof.run.batches import Batches
 from peftprof.run.folder import RunFolder, Step
 from peftprof.run.loop import TimedLoop, Trainee, make_trainee
 from peftprof.run.meters import percentiles
+from peftprof.run.source import Source, load_tokenizer, locate, one_line
+from peftprof.run.tables import Examples
 from peftprof.watcher import Watcher
 
 
@@ -43,8 +49,14 @@ def resolve(config: RunConfig) -> RunConfig:
         # every shape, and one op for the adapter saves its copies.
         kernels = "bnb" if device.startswith("cuda") and config.method != "full" else "torch"
     profiler = config.profiler
+    heard = {"NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH"} & os.environ.keys()
     if profiler == "auto":
         profiler = "nsys" if "NSYS_PROFILING_SESSION_ID" in os.environ else "torch"
+    if profiler == "nsys" and not heard:
+        raise DeviceError(
+            "--profiler nsys records nothing by itself; run the command under `nsys profile` "
+            "(docs/nvtx.md), or use --profiler torch"
+        )
     alpha = config.scaling * config.rank
     return dataclasses.replace(
         config, device=device, precision=precision, kernels=kernels, profiler=profiler, alpha=alpha
@@ -56,12 +68,12 @@ class Prepared:
     """A run's inputs on this machine: model files, data, tokenised batches."""
 
     config: RunConfig
-    source: models.Source
+    source: Source
     family: models.Family
     tokenizer: Any
     loaded: data.Data
-    train: data.Batches
-    validation: data.Batches
+    train: Batches
+    validation: Batches
 
     def build(self) -> tuple[Trainee, ModelInfo]:
         """A trainee at step 0: the same every time it is called."""
@@ -81,21 +93,19 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Find and tokenise everything `config` names; see the errors of `model` and `data`."""
     _quiet_libraries()
-    source = models.locate(config.model)
+    source = locate(config.model)
     family = models.family_of(source, config)
-    limit = models.longest_input(source)
-    if limit is not None and config.max_length > limit:
+    if source.longest is not None and config.max_length > source.longest:
         raise InputError(
-            f"--max-length {config.max_length} is more than the {limit} positions of "
+            f"--max-length {config.max_length} is more than the {source.longest} positions of "
             f"{config.model!r}"
         )
     loaded = data.load(config)
-    tokenizer = models.load_tokenizer(source)
-    names = models.input_names(source)
+    tokenizer = load_tokenizer(source)
 
-    def batches(examples: data.Examples) -> data.Batches:
-        return data.Batches(
-            examples, tokenizer, names, config.max_length, config.batch_size, config.seed
+    def batches(examples: Examples) -> Batches:
+        return Batches(
+            examples, tokenizer, source.inputs, config.max_length, config.batch_size, config.seed
         )
 
     return Prepared(
@@ -130,7 +140,7 @@ def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watc
         config=config.to_json(),
         environment=environment.describe(),
     )
-    return _finish(folder, record, prepared, watcher)
+    return _finish(folder, record, prepared, watcher, folder.held(new=True))
 
 
 def resume(path: Path, watcher: Watcher) -> RunFolder:
@@ -139,64 +149,101 @@ def resume(path: Path, watcher: Watcher) -> RunFolder:
     Raises FolderError when there is no such run, it is complete, or its inputs changed.
     """
     folder = RunFolder.open(path)
-    record = folder.read_record()
-    if record.state == "complete":
-        raise FolderError(f"{path} is complete; there is nothing to resume")
-    folder.tidy()
-    config = RunConfig.from_json(record.config)
-    environment.check_device(config.device)
-    return _finish(folder, record, prepare(config), watcher)
+    with folder.held(new=False):
+        record = folder.read_record()
+        if record.state == "complete":
+            raise FolderError(f"{path} is complete; there is nothing to resume")
+        config = RunConfig.from_json(record.config)
+        environment.check_device(config.device)
+        _check_versions(record)
+        return _finish(folder, record, prepare(config), watcher, contextlib.nullcontext())
+
+
+def _check_versions(record: RunRecord) -> None:
+    """Refuse to go on under other libraries: the record could not say which step ran on what."""
+    now = environment.describe()["packages"]
+    then = record.environment.get("packages", {})
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "tokenizers"):
+        if then.get(name) != now[name]:
+            raise FolderError(
+                f"the run was started with {name} {then.get(name)} and this is {now[name]}; "
+                "install that one to go on, or start a new run"
+            )
 
 
 def _finish(
-    folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
+    folder: RunFolder,
+    record: RunRecord,
+    prepared: Prepared,
+    watcher: Watcher,
+    hold: contextlib.AbstractContextManager[None],
 ) -> RunFolder:
     """The timed pass from wherever it is, what was trained, the profiled pass."""
-    # Two functions, so that the first pass's model is gone before the second's is built.
-    record, steps = _timed_pass(folder, record, prepared, watcher)
-    gc.collect()
-    if record.config["profiler"] != "none":
-        trainee, _ = prepared.build()
-        profiled = capture.profile(trainee, prepared.family, folder, steps, watcher)
-        record = dataclasses.replace(record, profiled=profiled)
-    folder.write_record(dataclasses.replace(record, state="complete"))
-    folder.checkpoint.unlink(missing_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            # Functions of their own, so that the first model is gone before the second is built.
+            if record.accuracy is None:
+                record = _timed_pass(folder, record, prepared, watcher, held, hold)
+                folder.write_record(record)
+                gc.collect()
+            if prepared.config.profiler != "none":
+                record = _profiled_pass(folder, record, prepared, watcher)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory ({one_line(error)}); lower --batch-size or --max-length, or use "
+                "--method qlora"
+            ) from error
+        folder.write_record(dataclasses.replace(record, state="complete"))
+        folder.checkpoint.unlink(missing_ok=True)
     return folder
 
 
-def _timed_pass(
+def _profiled_pass(
     folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
-) -> tuple[RunRecord, list[Step]]:
+) -> RunRecord:
+    trainee, _ = prepared.build()
+    profiled = capture.profile(trainee, prepared.family, folder, folder.read_steps(), watcher)
+    return dataclasses.replace(record, profiled=profiled)
+
+
+def _timed_pass(
+    folder: RunFolder,
+    record: RunRecord,
+    prepared: Prepared,
+    watcher: Watcher,
+    held: contextlib.ExitStack,
+    hold: contextlib.AbstractContextManager[None],
+) -> RunRecord:
     # Whatever is wrong with the model is said before a folder is made.
     trainee, info = prepared.build()
+    held.enter_context(hold)
     _same_inputs(record, info, prepared.loaded.info)
-    before = adapters.frozen_sha256(trainee.model)
+    full = prepared.config.method == "full"
+    before = None if full else adapters.frozen_sha256(trainee.model)
     if record.base_sha256 not in (None, before):
         raise FolderError("the frozen weights are not those the run started with; start a new run")
     record = dataclasses.replace(
         record,
         model=info,
         data=prepared.loaded.info,
-        target_modules=prepared.family.targets if prepared.config.method != "full" else (),
+        target_modules=() if full else prepared.family.targets,
         head_modules=prepared.family.head,
         base_sha256=before,
     )
-    folder.create()
     folder.write_record(record)
     loop = TimedLoop(trainee, folder, watcher)
     passed = loop.run()
-    if adapters.frozen_sha256(trainee.model) != before:
+    if not full and adapters.frozen_sha256(trainee.model) != before:
         raise TrainingError("the frozen base weights changed while training; the result is void")
     _save_trained(folder, trainee, prepared)
-    record = dataclasses.replace(
+    return dataclasses.replace(
         record,
         trainable=passed.trainable,
         timed=summarise(passed.steps),
         accuracy=passed.evaluations[-1].accuracy,
-        memory=loop.memory.result(),
-        energy=loop.energy.result(),
+        memory=loop.peaks(),
+        energy=loop.joules(),
     )
-    return record, passed.steps
 
 
 def _same_inputs(record: RunRecord, model: ModelInfo, loaded: DataInfo) -> None:
@@ -250,6 +297,7 @@ def _quiet_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for name in ("bitsandbytes", "huggingface_hub"):

@@ -30,7 +30,7 @@ RECORD = RunRecord(
     accuracy=Accuracy(correct=80, examples=100, accuracy=0.8, low=0.711, high=0.867, loss=0.4),
     memory=Memory(2**30, 2**31, None, 3 * 2**30, {"nvml_bytes": "no NVML"}),
     energy=Energy({"GPU": 123.45}, {"CPU": "no RAPL"}),
-    profiled=Profiled("torch", "trace.json.gz", 3, 12.0, 1.25, True),
+    profiled=Profiled("torch", "trace.json.gz", 3, 12.0, 1.25, True, 0.0),
 )
 
 

@@ -127,6 +127,7 @@ def test_stock_kernels_that_would_be_wrong_are_refused(small_run):
 def test_targets_and_ranks_that_do_not_fit(small_run):
     for settings, says in (
         ({"target_modules": ("nope",)}, "its linear layers are"),
+        ({"target_modules": ("classifier",)}, "its linear layers are"),
         ({"target_modules": ("LayerNorm",)}, "is no linear layer"),
         ({"rank": 65}, "--rank 65 is more than 64"),
     ):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from peftprof import trace
+from peftprof.errors import DeviceError
 from peftprof.run import runner
 from peftprof.run.folder import RunFolder
 
@@ -109,3 +110,7 @@ def test_under_nsys_the_torch_profiler_stays_away(small_run, tmp_path, quiet, mo
     folder = runner.train(config, tmp_path / "run", [], quiet)
     assert folder.read_record().profiled.profiler == "nsys"
     assert folder.read_record().profiled.trace is None
+    monkeypatch.delenv("NSYS_PROFILING_SESSION_ID")
+    monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
+    with pytest.raises(DeviceError, match="under `nsys profile`"):
+        small_run("lora", profiler="nsys")

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from peftprof.config import make_config
 from peftprof.errors import InputError
-from peftprof.run import data, embedded
-from peftprof.run.data import Batches, Examples
+from peftprof.run import data, embedded, runner
+from peftprof.run.batches import Batches
+from peftprof.run.tables import Examples
 
 
 def config(**settings):
@@ -78,6 +79,7 @@ def test_columns_can_be_named(tmp_path):
         (["a,1", "b,1", "c,1", "d,1"], "one class only"),
         (["a,1", ",0", "c,1", "d,0"], "has no text"),
         (["a,0.25", "b,0.5", "c,1.5"], "fractions"),
+        (["a,good", "b,", "c,bad"], "row 1 of .* has no label"),
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path, rows, says):
@@ -151,3 +153,54 @@ def test_seeds_and_epochs_give_different_orders(tokenizer):
     orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
     assert all(sorted(o) == list(range(64)) for o in orders)
     assert len({tuple(o) for o in orders}) == 4
+
+
+def test_words_that_mean_missing_elsewhere_are_text(tmp_path):
+    rows = [f"{word},{i % 2}" for i, word in enumerate(["NA", "None", "nan", "null"] * 5)]
+    loaded = data.load(config(dataset=_write_csv(tmp_path / "a.csv", rows)))
+    assert {t for (t,) in loaded.train.texts} <= {"NA", "None", "nan", "null"}
+    assert loaded.info.labels == ("0", "1")
+
+
+def test_a_pair_of_columns_goes_before_one_of_them(tmp_path):
+    rows = [f"q {i},s {i},{i % 2}" for i in range(20)]
+    path = _write_csv(tmp_path / "a.csv", rows, "question,sentence,label")
+    assert all(len(t) == 2 for t in data.load(config(dataset=path)).train.texts)
+
+
+def test_repeated_texts_stay_together_and_a_tenth_is_held_out(tmp_path):
+    rows = [f"text {i % 40},{i % 2}" for i in range(200)]
+    loaded = data.load(config(dataset=_write_csv(tmp_path / "a.csv", rows)))
+    assert (len(loaded.train), len(loaded.validation)) == (180, 20)
+    assert not set(loaded.train.texts) & set(loaded.validation.texts)
+
+
+@pytest.mark.parametrize("labels", ["[1, 2]", '{"a": 1}'])
+def test_a_label_that_is_no_class(tmp_path, labels):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "t{i}", "label": {labels}}}\n' for i in range(9)))
+    with pytest.raises(InputError, match="one class a row"):
+        data.load(config(dataset=str(path)))
+
+
+def test_labels_of_odd_digits(tmp_path):
+    rows = [f"text {i},{'²' if i % 2 else '--1'}" for i in range(20)]
+    loaded = data.load(config(dataset=_write_csv(tmp_path / "a.csv", rows)))
+    assert loaded.info.labels == ("--1", "²")
+
+
+def test_broken_json_says_what_is_broken(tmp_path, capfd):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text": ')
+    runner._quiet_libraries()
+    with pytest.raises(InputError, match="cannot be read") as raised:
+        data.load(config(dataset=str(path)))
+    assert "JSON" in str(raised.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_no_room_for_text(tokenizer):
+    examples = Examples([("a b c",), ("d",)], [0, 1])
+    with pytest.raises(InputError, match="--max-length 2 leaves no room"):
+        Batches(examples, tokenizer, NAMES, 2, 1, 0)
+    assert Batches(examples, tokenizer, NAMES, 3, 1, 0).lengths == [3, 3]

@@ -89,8 +89,8 @@ def test_folders_that_cannot_be_made(tmp_path):
     for path in (tmp_path / "file" / "run", "/proc/run"):
         with pytest.raises(FolderError, match="cannot write"):
             RunFolder.check_free(Path(path))
-    RunFolder.check_free(tmp_path / "new" / "deep").create()
-    assert (tmp_path / "new" / "deep").is_dir()
+    with RunFolder.check_free(tmp_path / "new" / "deep").held(new=True):
+        assert (tmp_path / "new" / "deep").is_dir()
 
 
 def test_folders_that_are_no_run(tmp_path):
@@ -110,5 +110,18 @@ def test_leftovers_of_a_killed_run_are_tidied(tmp_path):
     (tmp_path / ".new-1-run.json").write_text("half")
     (tmp_path / ".new-abc").mkdir()
     (tmp_path / ".new-abc" / "x").write_text("")
-    RunFolder(tmp_path).tidy()
-    assert list(tmp_path.iterdir()) == []
+    with RunFolder(tmp_path).held(new=False):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_one_runs_alone(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.held(new=True):
+        for new in (True, False):
+            with pytest.raises(FolderError, match="another run is at work"), folder.held(new):
+                pass
+        folder.write_record(RECORD)
+    with pytest.raises(FolderError, match="another run is at work"), folder.held(new=True):
+        pass
+    with folder.held(new=False):
+        assert folder.read_record() == RECORD

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from peftprof.errors import FolderError, TrainingError
-from peftprof.run import loop, runner
+from peftprof.run import capture, loop, runner
 from peftprof.run.folder import RunFolder
 
 
@@ -69,6 +69,74 @@ def test_resume_refuses_what_is_not_the_runs_own(small_run, tmp_path, quiet, mon
         runner.resume(folder.path, quiet)
 
 
+def test_resume_refuses_other_versions_and_lost_steps(small_run, tmp_path, quiet, monkeypatch):
+    config = small_run("lora", checkpoint_every=2, profiler="none")
+    monkeypatch.setattr(runner, "_save_trained", _die)
+    with pytest.raises(Killed):
+        runner.train(config, tmp_path / "run", [], quiet)
+    folder = RunFolder(tmp_path / "run")
+    steps, evaluations = folder.read_steps(), folder.read_evaluations()
+    folder.write_steps(steps[:5])
+    with pytest.raises(FolderError, match="has lost steps"):
+        runner.resume(folder.path, quiet)
+    folder.write_steps(steps)
+    folder.write_evaluations(evaluations[:-1])
+    with pytest.raises(FolderError, match="has lost steps"):
+        runner.resume(folder.path, quiet)
+    folder.write_evaluations(evaluations)
+    record = folder.read_record()
+    older = record.environment["packages"] | {"torch": "1.0"}
+    old = dataclasses.replace(record, environment=record.environment | {"packages": older})
+    folder.write_record(old)
+    with pytest.raises(FolderError, match=r"started with torch 1\.0"):
+        runner.resume(folder.path, quiet)
+
+
+def test_killed_while_profiling_keeps_the_timed_results(small_run, tmp_path, quiet, monkeypatch):
+    real = capture.profile
+    monkeypatch.setattr(capture, "profile", _die)
+    with pytest.raises(Killed):
+        runner.train(small_run("lora"), tmp_path / "run", [], quiet)
+    before = RunFolder(tmp_path / "run").read_record()
+    assert before.state == "running"
+    assert before.timed.steps == 14
+    monkeypatch.setattr(capture, "profile", real)
+    quiet.begun.clear()
+    after = runner.resume(tmp_path / "run", quiet).read_record()
+    assert [what for what, _, _ in quiet.begun] == ["profiling"]
+    assert (after.timed, after.memory, after.energy) == (before.timed, before.memory, before.energy)
+    assert after.profiled.same_losses
+
+
+def test_what_was_measured_before_a_resume_counts(small_run, tmp_path, quiet, monkeypatch):
+    """Each timed step costs one joule on a counter that only moves when it is read."""
+
+    class Counted(loop.EnergyMeter):
+        def __init__(self, device):
+            super().__init__(device, powercap=tmp_path / "none")
+            self.uj = 0
+            self._add("fake", self._read_next, wrap=0)
+
+        def _read_next(self):
+            self.uj += 1_000_000
+            return self.uj
+
+    monkeypatch.setattr(loop, "EnergyMeter", Counted)
+    config = small_run("lora", checkpoint_every=7, max_steps=21, profiler="none")
+    whole = runner.train(config, tmp_path / "whole", [], quiet).read_record()
+    real_step = loop.Trainee.step
+    monkeypatch.setattr(
+        loop.Trainee, "step", lambda self, n: _die() if n == 16 else real_step(self, n)
+    )
+    with pytest.raises(Killed):
+        runner.train(config, tmp_path / "killed", [], quiet)
+    monkeypatch.setattr(loop.Trainee, "step", real_step)
+    resumed = runner.resume(tmp_path / "killed", quiet).read_record()
+    assert whole.energy.joules["fake"] > 0
+    assert resumed.energy.joules["fake"] > 1  # more than the last two steps' alone
+    assert resumed.timed.warmup_steps == 10
+
+
 def _die(*_):
     raise Killed
 
@@ -97,7 +165,7 @@ def test_the_rate_is_the_stock_schedule(small_run):
     assert trainee.rate(10**6) == 0.0
 
 
-def test_the_optimiser_is_the_stock_trainers(small_run):
+def test_the_optimiser_is_the_stock_trainers(small_run, tmp_path):
     """Same steps as transformers.Trainer on the same batches: the losses agree."""
     from transformers import Trainer, TrainingArguments
 
@@ -138,7 +206,7 @@ def test_the_optimiser_is_the_stock_trainers(small_run):
 
     fresh, _ = prepared.build()
     arguments = TrainingArguments(
-        output_dir="unused",
+        output_dir=str(tmp_path),
         per_device_train_batch_size=1,
         max_steps=6,
         learning_rate=config.learning_rate,
@@ -199,3 +267,4 @@ def test_a_run_of_warmup_only_has_no_figures(small_run, tmp_path, quiet):
     assert record.accuracy is not None
     assert record.profiled.overhead is None
     assert record.profiled.same_losses
+    assert record.energy.joules == {}

