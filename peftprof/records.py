@@ -41,8 +41,8 @@ class Spread:
 class Row:
     """One phase x category of a breakdown, per step.
 
-    `ns` is the median over steps, scaled with all other rows, idle and unattributed so
-    that together they are the median step; `min_ns` and `max_ns` are as seen, unscaled.
+    `ns` is the median over steps, `min_ns` and `max_ns` the extremes, all times the one
+    factor that makes rows, idle and unattributed add up to the median step.
     `count` is the median number of operators or kernels in a step.
     """
 

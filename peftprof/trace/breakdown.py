@@ -23,7 +23,7 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
     if step.median <= 0:
         raise TraceError("the trace's steps last no time; record it again")
     parts = _parts(found)
-    typical = _scaled(parts, step.median)
+    typical, factor = _typical(parts, step.median)
     count = len(PHASES) * len(CATEGORIES)
     unattributed = float(typical[count : count + len(PHASES)].sum())
     idle = typical[count + len(PHASES) :]
@@ -34,7 +34,7 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
         device=found.events.device,
         steps=len(windows),
         step_ns=step,
-        rows=tuple(_rows(found, parts, typical, step.median)),
+        rows=tuple(_rows(found, parts * factor, typical, step.median)),
         unattributed_ns=unattributed,
         idle_ns=float(idle.sum()),
         idle_by_phase_ns={p: float(ns) for p, ns in zip(PHASES, idle, strict=True) if ns > 0},
@@ -62,13 +62,13 @@ def _sums(step: Ints, part: Ints, values: Ints, rows: int, columns: int) -> Floa
     return flat.reshape(rows, columns)
 
 
-def _scaled(parts: Floats, total: float) -> Floats:
-    """Each part's median over steps, all scaled by one factor so that they sum to `total`."""
+def _typical(parts: Floats, total: float) -> tuple[Floats, float]:
+    """Each part's median over steps times one factor, so that they sum to `total`; the factor."""
     typical: Floats = np.median(parts, axis=0)
     if not typical.sum():  # no part is in most of the steps: the mean is all there is to say
         typical = parts.mean(axis=0)
-    scaled: Floats = typical * (total / typical.sum())
-    return scaled
+    factor = float(total / typical.sum())
+    return typical * factor, factor
 
 
 def _rows(found: Attribution, parts: Floats, typical: Floats, total: float) -> Iterable[Row]:
