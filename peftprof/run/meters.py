@@ -247,44 +247,28 @@ class StepClock:
     ) -> None:
         self._cuda = device if device.type == "cuda" else None
         self._clock = clock
-        self._edge: Any = None
-        self._in_step = False
-        self._pieces: list[tuple[Any, Any]] = []
-        self._steps: list[list[tuple[Any, Any]]] = []
+        self._begun: Any = None
+        self._steps: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
         """A step begins."""
-        if self._in_step:
+        if self._begun is not None:
             raise RuntimeError("a step is begun inside a step")
-        self._in_step, self._pieces, self._edge = True, [], self._now()
+        self._begun = self._now()
 
     def stop(self) -> None:
-        """The step is over; a pause still open in it ends here too."""
-        if not self._in_step:
+        """The step is over; what follows up to the next `start` is nobody's."""
+        if self._begun is None:
             raise RuntimeError("no step to end")
-        self.pause()
-        self._steps.append(self._pieces)
-        self._in_step = False
-
-    def pause(self) -> None:
-        """What follows is not the step's, up to `resume`."""
-        if self._edge is not None:
-            self._pieces.append((self._edge, self._now()))
-            self._edge = None
-
-    def resume(self) -> None:
-        """The step goes on."""
-        if not self._in_step:
-            raise RuntimeError("no step to go on with")
-        if self._edge is None:
-            self._edge = self._now()
+        self._steps.append((self._begun, self._now()))
+        self._begun = None
 
     def durations_ns(self) -> list[int]:
         """Durations of the steps ended since the last call; waits for the device."""
         steps, self._steps = self._steps, []
         if self._cuda is not None and steps:
-            steps[-1][-1][1].synchronize()
-        return [sum(self._between(a, b) for a, b in pieces) for pieces in steps]
+            steps[-1][1].synchronize()
+        return [self._between(begun, ended) for begun, ended in steps]
 
     def _now(self) -> Any:
         if self._cuda is None:

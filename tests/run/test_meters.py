@@ -209,31 +209,22 @@ def test_host_peak_that_cannot_be_reset_is_the_whole_process_and_says_so(tmp_pat
 
 def test_step_clock_counts_steps_and_nothing_else():
     # Each look at the clock is at the next of these.
-    times = iter([0, 10, 100, 107, 120, 121, 1000, 1001, 2000, 2004])
+    times = iter([0, 10, 100, 107, 1000, 1001])
     clock = StepClock(CPU, clock=lambda: next(times))
-    clock.start()
-    clock.stop()
-    clock.start()
-    clock.pause()
-    clock.pause()
-    clock.resume()
-    clock.resume()
-    clock.stop()
-    assert clock.durations_ns() == [10, 7 + 1]
+    for _ in range(2):
+        clock.start()
+        clock.stop()
+    assert clock.durations_ns() == [10, 7]
     assert clock.durations_ns() == []
     clock.start()
-    clock.pause()
-    clock.stop()  # in its pause
-    clock.start()
     clock.stop()
-    assert clock.durations_ns() == [1, 4]
+    assert clock.durations_ns() == [1]
 
 
 def test_step_clock_refuses_what_makes_no_sense():
     clock = StepClock(CPU, clock=itertools.count().__next__)
-    for misuse in (clock.stop, clock.resume):
-        with pytest.raises(RuntimeError, match="no step"):
-            misuse()
+    with pytest.raises(RuntimeError, match="no step"):
+        clock.stop()
     clock.start()
     with pytest.raises(RuntimeError, match="inside a step"):
         clock.start()
