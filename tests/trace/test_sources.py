@@ -133,7 +133,9 @@ def test_nsys_files_are_for_later(tmp_path: Path, name: str) -> None:
 def test_a_record_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
     outside = make_run(tmp_path, record("outside")) / "trace.json.gz"
     path = os.path.join("..", "outside", "trace.json.gz")  # noqa: PTH118
-    evil = make_run(tmp_path, record("evil", profiled=Profiled("torch", path, 3, 1.0, 1.0, True, 0.0)))
+    evil = make_run(
+        tmp_path, record("evil", profiled=Profiled("torch", path, 3, 1.0, 1.0, True, 0.0))
+    )
     (evil / "trace.json.gz").unlink()
     assert outside.is_file()
     with pytest.raises(TraceError, match="lost its trace"):
