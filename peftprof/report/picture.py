@@ -1,12 +1,14 @@
 """What was printed, as a picture."""
 
 import os
+import re
 from pathlib import Path
 
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
 
 from peftprof.errors import FolderError
+
+WEB_FONT = re.compile(r"\s*@font-face\s*\{.*?\}", re.DOTALL)
 
 
 def save_svg(console: Console, path: Path, title: str) -> None:
@@ -14,7 +16,8 @@ def save_svg(console: Console, path: Path, title: str) -> None:
 
     Raises FolderError when the file cannot be written.
     """
-    text = console.export_svg(title=title, theme=MONOKAI)
+    # rich names web fonts; a picture must not call anywhere when it is opened.
+    text = WEB_FONT.sub("", console.export_svg(title=title))
     temporary = path.with_name(f".new-{os.getpid()}-{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -80,5 +81,11 @@ def test_a_picture_is_written_whole(tmp_path):
     console = Console(file=io.StringIO(), width=80, record=True)
     console.print(render(RECORD, Path("traces/run")))
     save_svg(console, tmp_path / "a.svg", "title")
-    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    picture = (tmp_path / "a.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "@font-face" not in picture
+    assert set(re.findall(r"https?://[^\"')\s]+", picture)) <= {
+        "http://www.w3.org/2000/svg",
+        "https://www.textualize.io",
+    }
     assert [p.name for p in tmp_path.iterdir()] == ["a.svg"]

@@ -60,6 +60,19 @@ def test_operators_are_means_by_self_time_with_the_unknown_listed_apart(tmp_path
     assert found.operators[0].share == pytest.approx(0.4)
 
 
+def test_the_longest_operators_are_kept_and_the_rest_is_in_the_rows(tmp_path: Path) -> None:
+    trace = Trace()
+    durations = range(1, 251)
+    trace.range("step:0", 0, sum(durations))
+    start = 0
+    for ns in durations:
+        trace.op(f"aten::empty{ns}", start, start + ns)
+        start += ns
+    found = breakdown(trace, tmp_path)
+    assert [o.ns for o in found.operators] == list(range(250, 50, -1))
+    assert [row.ns for row in found.rows] == [sum(durations)]
+
+
 def test_a_step_cut_off_by_the_end_of_the_trace_is_a_step(tmp_path: Path) -> None:
     trace = steps((100, 0, 0), (100, 0, 0))
     trace.range("step:2", 2000, 2100)
