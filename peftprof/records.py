@@ -68,7 +68,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where one run's median step went. `rows` + idle + unattributed = `step_ns.median`."""
+    """Where one run's median step went. `rows` + idle + unattributed = `step_ns.median`.
+
+    `operators` and `unattributed_operators` are the longest 200 of each, not all.
+    """
 
     name: str
     source: str
