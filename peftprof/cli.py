@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Option = Annotated[str | None, typer.Option()]
+INTERRUPTED = 130  # what a shell calls a process ended by Ctrl-C
 
 
 def _one_of(names: tuple[str, ...]) -> str:
@@ -186,15 +186,16 @@ def _show(renderable: Any, svg: Path | None, title: str) -> None:
 
 def main() -> NoReturn:
     """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C."""
-    _quiet()
+    _settle()
     try:
-        app(standalone_mode=False)
+        # Outside its standalone mode the parser returns what it would have exited with.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except PeftprofError as error:
         _fail(str(error), error.exit_code)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; `train --resume FOLDER` goes on with a run", 130)
+        _fail("interrupted; `train --resume FOLDER` goes on with a run", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -207,11 +208,17 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):
             raise
         _fail(f"{error.format_message()} See --help.", 2)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
-def _quiet() -> None:
-    """Keep the notes that other packages write for their developers off a user's terminal."""
+def _settle() -> None:
+    """Settings of other packages that are read once, when they are loaded.
+
+    The notes that they write for their developers stay off a user's terminal. Threads that
+    wait for each other sleep instead of spinning: on a machine that does anything else, a
+    spinning thread takes the core that the thread it waits for needs (docs/architecture.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(?!peftprof)")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its start and stop lines go to stderr

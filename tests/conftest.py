@@ -1,7 +1,10 @@
 """Small real models, saved once a session; and the runs that several tests read."""
 
+import os
 import shutil
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the command line does
 
 import pytest
 import torch

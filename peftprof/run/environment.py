@@ -63,6 +63,7 @@ def describe() -> dict[str, Any]:
             "rocm_build": torch.version.hip,
             "threads": torch.get_num_threads(),
             "interop_threads": torch.get_num_interop_threads(),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         },
         "cuda": _cuda(),
         "mps": {"available": _has_mps(), "reason": None if _has_mps() else _no_mps()},
