@@ -17,6 +17,7 @@ from peftprof.errors import ConfigError
 METHODS = ("full", "lora", "qlora")
 KERNELS = ("auto", "bnb", "torch", "triton")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LARGEST = 1e30  # still a number when it is multiplied in fp32
 PROFILERS = ("auto", "none", "torch", "nsys")
 
 
@@ -71,6 +72,10 @@ class RunConfig:
         _between("weight_decay", self.weight_decay, 0, math.inf)
         for name in ("learning_rate", "epochs", "max_grad_norm"):
             _positive(name, getattr(self, name))
+        if len(self.text_columns) > 2:
+            raise ConfigError("--text-column names one column, or two for pairs of sentences")
+        _between("learning_rate", self.learning_rate, 0, LARGEST)
+        _between("alpha", self.alpha or 1, 0, LARGEST)
         _between("epochs", self.epochs, 0, 1e6)
         _between("max_steps", self.max_steps or 1, 0, 10**9)
         if self.alpha is not None:

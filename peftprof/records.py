@@ -6,10 +6,14 @@ Times are nanoseconds (`*_ns`) or seconds (`*_s`), memory is bytes (`*_bytes`).
 """
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+
+from peftprof.errors import FolderError
 
 T = TypeVar("T")
 
@@ -217,6 +221,16 @@ class RunRecord:
     memory: Memory | None = None
     energy: Energy | None = None
     profiled: Profiled | None = None
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of the run in `folder`. Raises FolderError when it is damaged."""
+    path = folder / "run.json"
+    try:
+        return decode(RunRecord, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise FolderError(f"{path} is damaged ({why}); name another run") from error
 
 
 def encode(record: Any) -> Any:

@@ -14,7 +14,7 @@ LOW = {"peftprof", "peftprof.errors", "peftprof.records", "peftprof.config", "pe
 FLOORS = {
     "peftprof_kernels": set(),
     "peftprof.errors": set(),
-    "peftprof.records": set(),
+    "peftprof.records": {"peftprof.errors"},
     "peftprof.watcher": set(),
     "peftprof.config": {"peftprof.errors"},
     "peftprof.annotate": set(),

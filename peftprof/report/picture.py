@@ -16,6 +16,8 @@ def save_svg(console: Console, path: Path, title: str) -> None:
 
     Raises FolderError when the file cannot be written.
     """
+    if not path.name:
+        raise FolderError("--svg is empty; name a file")
     # rich names web fonts; a picture must not call anywhere when it is opened.
     text = WEB_FONT.sub("", console.export_svg(title=title))
     temporary = path.with_name(f".new-{os.getpid()}-{path.name}")

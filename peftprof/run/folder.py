@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from peftprof.errors import FolderError
-from peftprof.records import Accuracy, RunRecord, decode, encode
+from peftprof.records import Accuracy, RunRecord, decode, encode, read_record
 
 T = TypeVar("T")
 
@@ -110,11 +110,7 @@ class RunFolder:
 
     def read_record(self) -> RunRecord:
         """Read run.json. Raises FolderError when it is damaged."""
-        path = self.path / "run.json"
-        try:
-            return decode(RunRecord, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FolderError(f"{path} is damaged: {error}") from error
+        return read_record(self.path)
 
     def write_steps(self, steps: Iterable[Step]) -> None:
         """Write steps.jsonl."""
@@ -144,7 +140,7 @@ class RunFolder:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
             return [decode(kind, json.loads(line)) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FolderError(f"{path} is damaged: {error}") from error
 
     @contextlib.contextmanager

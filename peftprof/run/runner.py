@@ -26,6 +26,8 @@ from peftprof.run.source import Source, load_tokenizer, locate, one_line
 from peftprof.run.tables import Examples
 from peftprof.watcher import Watcher
 
+NO_MEMORY = "can't allocate memory"
+
 
 def resolve(config: RunConfig) -> RunConfig:
     """`config` with every `auto` settled on this machine.
@@ -154,7 +156,8 @@ def resume(path: Path, watcher: Watcher) -> RunFolder:
         if record.state == "complete":
             raise FolderError(f"{path} is complete; there is nothing to resume")
         config = RunConfig.from_json(record.config)
-        environment.check_device(config.device)
+        if resolve(config) != config:
+            raise FolderError(f"the settings of {path} are not those of a run; start a new one")
         _check_versions(record)
         return _finish(folder, record, prepare(config), watcher, contextlib.nullcontext())
 
@@ -162,7 +165,11 @@ def resume(path: Path, watcher: Watcher) -> RunFolder:
 def _check_versions(record: RunRecord) -> None:
     """Refuse to go on under other libraries: the record could not say which step ran on what."""
     now = environment.describe()["packages"]
-    then = record.environment.get("packages", {})
+    then = record.environment.get("packages")
+    if not isinstance(then, dict):
+        raise FolderError(
+            "the run does not say which packages it was started with; start a new one"
+        )
     for name in ("torch", "transformers", "peft", "bitsandbytes", "tokenizers"):
         if then.get(name) != now[name]:
             raise FolderError(
@@ -188,7 +195,10 @@ def _finish(
                 gc.collect()
             if prepared.config.profiler != "none":
                 record = _profiled_pass(folder, record, prepared, watcher)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # The allocator of the CPU has no exception of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
+                raise
             raise TrainingError(
                 f"out of memory ({one_line(error)}); lower --batch-size or --max-length, or use "
                 "--method qlora"

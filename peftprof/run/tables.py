@@ -28,6 +28,8 @@ LABEL_COLUMNS = ("label", "labels", "sentiment", "class", "target")
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "valid")
 COLLECTIONS = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
 MOST_LABELS = 1000
+# What the readers of datasets are seen to raise for files that are not what they should be.
+UNREADABLE = (OSError, ValueError, RuntimeError, TypeError, LookupError, StopIteration)
 INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -85,7 +87,7 @@ def _read(name: str, datasets: Any) -> tuple[dict[str, Any], str]:
         if path.is_dir():
             return dict(datasets.load_dataset(str(path))), f"folder {path.name}"
         return _from_hub(name, datasets)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not(name, path, error)) from error
 
 

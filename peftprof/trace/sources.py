@@ -1,13 +1,12 @@
 """From the paths a user names to breakdowns: trace files, run folders, folders of runs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from peftprof.errors import FolderError, TraceError
-from peftprof.records import Breakdown, RunRecord, decode
+from peftprof.records import Breakdown, RunRecord, read_record
 from peftprof.trace import kineto
 from peftprof.trace.attribute import attribute
 from peftprof.trace.breakdown import make_breakdown
@@ -74,15 +73,6 @@ def find(path: Path, all_runs: bool = False) -> tuple[list[Source], int]:
     if (path / "run.json").is_file():
         return [_run(path, read_record(path))], 0
     return _runs(path, all_runs)
-
-
-def read_record(folder: Path) -> RunRecord:
-    """The record of the run in `folder`. Raises FolderError when it is damaged."""
-    path = folder / "run.json"
-    try:
-        return decode(RunRecord, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FolderError(f"{path} is damaged; name another run ({_line(error)})") from error
 
 
 def _runs(path: Path, all_runs: bool) -> tuple[list[Source], int]:

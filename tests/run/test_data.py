@@ -92,8 +92,9 @@ def test_files_that_are_no_data(tmp_path):
     (tmp_path / "a.xlsx").write_bytes(b"PK")
     (tmp_path / "b.parquet").write_bytes(b"not parquet")
     (tmp_path / "c.csv").write_text("")
+    (tmp_path / "d.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
-    for name in ("a.xlsx", "b.parquet", "c.csv", "empty", "missing.csv"):
+    for name in ("a.xlsx", "b.parquet", "c.csv", "d.jsonl", "empty", "missing.csv"):
         with pytest.raises(InputError) as raised:
             data.load(config(dataset=str(tmp_path / name)))
         assert "\n" not in str(raised.value)

@@ -101,6 +101,9 @@ def test_folders_that_are_no_run(tmp_path):
     (tmp_path / "run.json").write_text('{"version": 1')
     with pytest.raises(FolderError, match="damaged"):
         RunFolder.open(tmp_path).read_record()
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(FolderError, match="damaged"):
+        RunFolder.open(tmp_path).read_record()
     (tmp_path / "steps.jsonl").write_text("{}\n")
     with pytest.raises(FolderError, match="damaged"):
         RunFolder.open(tmp_path).read_steps()

@@ -90,6 +90,13 @@ def test_resume_refuses_other_versions_and_lost_steps(small_run, tmp_path, quiet
     folder.write_record(old)
     with pytest.raises(FolderError, match=r"started with torch 1\.0"):
         runner.resume(folder.path, quiet)
+    folder.write_record(dataclasses.replace(record, environment={"packages": 3}))
+    with pytest.raises(FolderError, match="does not say which packages"):
+        runner.resume(folder.path, quiet)
+    unsettled = record.config | {"precision": "auto"}
+    folder.write_record(dataclasses.replace(record, config=unsettled))
+    with pytest.raises(FolderError, match="are not those of a run"):
+        runner.resume(folder.path, quiet)
 
 
 def test_killed_while_profiling_keeps_the_timed_results(small_run, tmp_path, quiet, monkeypatch):
