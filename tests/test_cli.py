@@ -173,19 +173,27 @@ def test_train_and_breakdown_end_to_end(arguments, tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_and_can_be_resumed(arguments, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "peftprof", *map(str, arguments), "--max-steps", "5000"]
-    process = subprocess.Popen(
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from peftprof.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments), "--max-steps", "5000"]
+    with subprocess.Popen(
         [*command, "--profiler", "none", "--out", str(folder)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err == "peftprof: interrupted; `train --resume FOLDER` goes on with a run\n"
     assert RunFolder.open(folder).read_record().state == "running"
