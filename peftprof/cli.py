@@ -214,11 +214,13 @@ def main() -> NoReturn:
 def _settle() -> None:
     """Settings of other packages that are read once, when they are loaded.
 
-    The notes that they write for their developers stay off a user's terminal. Threads that
-    wait for each other sleep instead of spinning: on a machine that does anything else, a
-    spinning thread takes the core that the thread it waits for needs (docs/architecture.md).
+    The notes that they write for their developers stay off a user's terminal. GNU OpenMP's
+    threads spin for long when they wait for each other, and on a machine that does anything
+    else a spinning thread takes the core that the thread it waits for needs; a short spin
+    costs nothing where the machine is idle (bench/LOG.md).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(?!peftprof)")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its start and stop lines go to stderr

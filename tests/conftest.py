@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the command line does
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch, as the command line does
 
 import pytest
 import torch

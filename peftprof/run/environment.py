@@ -64,6 +64,7 @@ def describe() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "interop_threads": torch.get_num_interop_threads(),
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         },
         "cuda": _cuda(),
         "mps": {"available": _has_mps(), "reason": None if _has_mps() else _no_mps()},
