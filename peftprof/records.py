@@ -184,8 +184,8 @@ class Timed:
 class Profiled:
     """The short profiled pass, whose times are never mixed into the timed results.
 
-    `overhead` is the profiled steps' time over the same steps unprofiled; None when the
-    timed pass did not time them. `same_losses` says whether its losses equalled the timed
+    `overhead` is the profiled steps' time over that of the same batches run again right
+    after without a profiler. `same_losses` says whether its losses equalled the timed
     pass's bit by bit over the steps both ran, `loss_difference` the largest relative
     difference between them.
     """
@@ -194,7 +194,7 @@ class Profiled:
     trace: str | None
     active_steps: int
     step_p50_ms: float
-    overhead: float | None
+    overhead: float
     same_losses: bool | None
     loss_difference: float | None
 

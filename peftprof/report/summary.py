@@ -106,9 +106,7 @@ def _energy(energy: Energy) -> str:
 def _profiled(record: RunRecord) -> str:
     p = record.profiled
     assert p is not None
-    text = f"{p.active_steps} steps by {p.profiler}"
-    if p.overhead is not None:
-        text += f", {p.overhead:.2f}x the same steps unprofiled"
+    text = f"{p.active_steps} steps by {p.profiler}, {p.overhead:.2f}x the same steps unprofiled"
     if p.same_losses is not None:
         differ = f", losses differ by up to {p.loss_difference:.1e}"
         text += ", same losses" if p.same_losses else differ

@@ -34,6 +34,7 @@ def profile(
     record = {"torch": _torch_profiler, "nsys": _nsys_range}[profiler]
     clock = StepClock(trainee.device)
     losses: list[torch.Tensor] = []
+    active = range(WAIT + WARMUP, WAIT + WARMUP + ACTIVE)
     watcher.begin("profiling", WAIT + WARMUP + ACTIVE, 0)
     with annotations(trainee, family), record(trainee, folder) as advance:
         for number in range(WAIT + WARMUP + ACTIVE):
@@ -51,19 +52,21 @@ def profile(
         trace=TRACE if profiler == "torch" else None,
         active_steps=ACTIVE,
         step_p50_ms=statistics.median(durations[-ACTIVE:]) / 1e6,
-        overhead=_overhead(durations, timed),
+        overhead=sum(durations[-ACTIVE:]) / sum(_again(trainee, active)),
         same_losses=None if difference is None else difference == 0,
         loss_difference=difference,
     )
 
 
-def _overhead(profiled_ns: list[int], timed: list[Step]) -> float | None:
-    """Time of the recorded steps over that of the very same steps unprofiled."""
-    active = range(WAIT + WARMUP, WAIT + WARMUP + ACTIVE)
-    unprofiled = [s.ns for s in timed if s.step in active and not s.warmup]
-    if len(unprofiled) < ACTIVE:
-        return None
-    return sum(profiled_ns[-ACTIVE:]) / sum(unprofiled)
+def _again(trainee: Trainee, numbers: range) -> list[int]:
+    """Durations of steps `numbers` run once more with nothing recording, as warm as they were."""
+    clock = StepClock(trainee.device)
+    for number in numbers:
+        clock.start()
+        trainee.step(number)
+        trainee.optimizer.zero_grad(set_to_none=True)
+        clock.stop()
+    return clock.durations_ns()
 
 
 def _difference(losses: list[float], timed: list[Step]) -> float | None:

@@ -272,6 +272,6 @@ def test_a_run_of_warmup_only_has_no_figures(small_run, tmp_path, quiet):
     record = runner.train(small_run("lora", max_steps=3), tmp_path / "run", [], quiet).read_record()
     assert record.timed is None
     assert record.accuracy is not None
-    assert record.profiled.overhead is None
+    assert record.profiled.overhead > 0
     assert record.profiled.same_losses
     assert record.energy.joules == {}

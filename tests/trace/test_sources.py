@@ -77,9 +77,7 @@ def test_the_newest_four_complete_runs_in_order_of_creation(tmp_path: Path) -> N
 
 def test_runs_without_a_readable_trace_are_passed_over_in_a_folder(tmp_path: Path) -> None:
     make_run(tmp_path, record("a", profiled=None), trace=False)
-    make_run(
-        tmp_path, record("b", profiled=Profiled("nsys", None, 3, 1.0, None, None, None)), False
-    )
+    make_run(tmp_path, record("b", profiled=Profiled("nsys", None, 3, 1.0, 1.0, None, None)), False)
     make_run(tmp_path, record("c"))
     assert names([tmp_path]) == ["c"]
 
@@ -90,7 +88,7 @@ def test_runs_without_a_readable_trace_are_passed_over_in_a_folder(tmp_path: Pat
         (record(state="running"), True, FolderError, "not complete"),
         (record(profiled=None), False, TraceError, "not profiled.*--profiler torch"),
         (
-            record(profiled=Profiled("nsys", None, 3, 1.0, None, None, None)),
+            record(profiled=Profiled("nsys", None, 3, 1.0, 1.0, None, None)),
             False,
             TraceError,
             "Nsight.*--profiler torch",
