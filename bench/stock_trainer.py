@@ -115,6 +115,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 "correct": int((p.predictions.argmax(-1) == p.label_ids).sum())
             },
         )
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         if arguments.n_gpu > 1:
             raise DeviceError("stock Trainer would use every GPU; set CUDA_VISIBLE_DEVICES to one")
         trained = trainer.train()
