@@ -14,7 +14,6 @@ from peftprof.errors import ConfigError, PeftprofError
 app = typer.Typer(
     name="peftprof",
     help="Where time and memory go when a transformer is fine-tuned.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -92,22 +91,25 @@ def train(
         "device": device,
         "profiler": profiler,
         "text_columns": _names(text_column, "--text-column"),
-        "label_column": label_column,
+        "label_column": _name(label_column, "--label-column"),
         "checkpoint_every": checkpoint_every,
     }
     config = None
     if resume is None:
         from peftprof.config import make_config
 
-        config = make_config(method or "qlora", recipe, **settings)
-    elif method or recipe or out or any(value is not None for value in settings.values()):
+        config = make_config("qlora" if method is None else method, recipe, **settings)
+    elif any(value is not None for value in (method, recipe, out, *settings.values())):
         raise ConfigError("--resume goes on with the run's own settings; give it alone")
     from rich.console import Console
 
+    from peftprof.report.picture import check_writable
     from peftprof.report.progress import watcher
     from peftprof.report.summary import render
     from peftprof.run import runner
 
+    if svg is not None:
+        check_writable(svg)
     console = Console()
     with watcher(console) as watch:
         if config is not None:
@@ -116,6 +118,12 @@ def train(
             assert resume is not None
             folder = runner.resume(resume, watch)
     _show(render(folder.read_record(), folder.path), svg, "python -m peftprof train")
+
+
+def _name(text: str | None, option: str) -> str | None:
+    if text is not None and not text.strip():
+        raise ConfigError(f"{option} is empty; name one, or leave the option out")
+    return text
 
 
 def _names(text: str | None, option: str) -> tuple[str, ...] | None:
@@ -142,6 +150,8 @@ def breakdown(
     ] = None,
 ) -> None:
     """Say where each step's time went: phase by category, one run or several side by side."""
+    if json and svg is not None:
+        raise ConfigError("--json prints no picture; give --svg without it")
     from peftprof.trace import load
 
     loaded = load(paths or [Path("traces")], all_runs=all_runs)
@@ -187,6 +197,8 @@ def _show(renderable: Any, svg: Path | None, title: str) -> None:
 def main() -> NoReturn:
     """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C."""
     _settle()
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
         # Outside its standalone mode the parser returns what it would have exited with.
         code = app(standalone_mode=False)

@@ -129,7 +129,7 @@ def make_config(method: str, recipe: str | None = None, **given: Any) -> RunConf
 
     Raises ConfigError for an unknown recipe, method, setting or value.
     """
-    name = recipe or "default"
+    name = "default" if recipe is None else recipe
     _one_of("method", method, METHODS)
     _one_of("recipe", name, recipes())
     tables = tomllib.loads((resources.files("peftprof") / "recipes" / f"{name}.toml").read_text())

