@@ -64,7 +64,8 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
                 f"{100 * p.live / p.total:.2f} % of {count(p.total)}",
             )
         )
-        rows.append(("parameters as stored", f"{count(p.packed_total)} (4-bit weights packed)"))
+        if p.packed_total != p.total:
+            rows.append(("parameters as stored", f"{count(p.packed_total)} (4-bit weights packed)"))
     if record.energy:
         rows.append(("energy", _energy(record.energy)))
     if record.profiled:

@@ -78,7 +78,7 @@ def find(path: Path, all_runs: bool = False) -> tuple[list[Source], int]:
 def _runs(path: Path, all_runs: bool) -> tuple[list[Source], int]:
     folders = sorted(child for child in path.iterdir() if (child / "run.json").is_file())
     if not folders:
-        raise FolderError(f"{path} holds no run; make one with: peftprof train")
+        raise FolderError(f"{path} holds no run; make one with: python -m peftprof train")
     runs = [(folder, read_record(folder)) for folder in folders]
     complete = [(folder, record) for folder, record in runs if record.state == "complete"]
     if not complete:
