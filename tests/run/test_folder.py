@@ -68,7 +68,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(small_disk):
 
 
 @pytest.mark.parametrize(("method", "size"), [("full", "200k"), ("lora", "32k")])
-def test_a_run_on_a_disk_that_fills_up_can_go_on(method, size, small_disk, small_run, quiet):
+def test_a_run_on_a_disk_that_fills_up_can_go_on(
+    method, size, small_disk, small_run, quiet, tmp_path
+):
     config = small_run(method, checkpoint_every=4, profiler="none")
     path = small_disk(size) / "run"
     with pytest.raises(FolderError, match="cannot write") as raised:
@@ -76,7 +78,11 @@ def test_a_run_on_a_disk_that_fills_up_can_go_on(method, size, small_disk, small
     assert "\n" not in str(raised.value)
     assert RunFolder.open(path).read_record().state == "running"
     subprocess.run(["mount", "-o", "remount,size=100m", str(path.parent)], check=True)
-    assert runner.resume(path, quiet).read_record().state == "complete"
+    resumed = runner.resume(path, quiet)
+    whole = runner.train(config, tmp_path / "whole", [], quiet)
+    assert resumed.read_record().state == "complete"
+    assert resumed.read_record().accuracy == whole.read_record().accuracy
+    assert [s.loss for s in resumed.read_steps()] == [s.loss for s in whole.read_steps()]
 
 
 def test_folders_that_cannot_be_made(tmp_path):
