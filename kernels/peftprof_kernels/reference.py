@@ -114,3 +114,36 @@ def _dropped(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
         return x
     keep = 1.0 - p
     return x * mask.to(x.dtype) / keep if keep > 0 else torch.zeros_like(x)
+
+
+def philox_mask(shape: tuple[int, int], kept: int, seed: int) -> Tensor:
+    """The keep mask [M, K] of the Triton kernels, bool: Philox4x32 with seven rounds.
+
+    Counter (k // 8, m, 0, 0) and the seed as key give four 32-bit words for the elements
+    (m, 8 (k // 8) ... + 7); element 2i of the eight has the low half of word i, element
+    2i + 1 the high half; it is kept where that half is below ``kept``. Philox: Salmon et
+    al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
+    """
+    M, K = shape
+    eights = -(-K // 8)
+    c0 = torch.arange(eights).expand(M, eights)
+    c1 = torch.arange(M)[:, None].expand(M, eights)
+    c2 = c3 = torch.zeros_like(c0)
+    key0, key1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(7):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _LOW, (key1 + 0xBB67AE85) & _LOW
+    halves = [half for word in (c0, c1, c2, c3) for half in (word & 0xFFFF, word >> 16)]
+    return (torch.stack(halves, dim=-1).reshape(M, 8 * eights) < kept)[:, :K]
+
+
+_LOW = 2**32 - 1
+
+
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 64-bit product, in int64 that would overflow as a whole."""
+    low = (constant & 0xFFFF) * word
+    high = (constant >> 16) * word + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
