@@ -9,6 +9,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch, as the command
 import pytest
 import torch
 
+# Before Triton is imported: without a GPU its kernels are interpreted, to check numbers.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from peftprof.config import RunConfig, make_config
 from peftprof.run import embedded, runner
 

@@ -1,7 +1,9 @@
 """Tensors in, tensors out: NF4 and LoRA linear algebra that knows no run, trace or PEFT module."""
 
-from peftprof_kernels.lora_linear import draw_seed, dropout_mask, lora_linear, nf4_linear
-from peftprof_kernels.nf4 import NF4Weight, block_scales, dequantize
+from peftprof_kernels.backends import dequantize
+from peftprof_kernels.dropout import draw_seed, dropout_mask
+from peftprof_kernels.lora_linear import lora_linear, lora_linear_group, nf4_linear
+from peftprof_kernels.nf4 import NF4Weight, block_scales
 from peftprof_kernels.spans import Listener, set_listener, span
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "draw_seed",
     "dropout_mask",
     "lora_linear",
+    "lora_linear_group",
     "nf4_linear",
     "set_listener",
     "span",

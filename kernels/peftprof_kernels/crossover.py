@@ -41,9 +41,7 @@ def lookup(N: int, K: int) -> Crossover:
     """The measured entry whose N and K are nearest by ratio, or the default."""
     if not _measured:
         return Crossover(N, K, DEFAULT_MAX_M, DEFAULT_MAX_M)
-    return min(
-        _measured, key=lambda entry: abs(math.log(entry.N / N)) + abs(math.log(entry.K / K))
-    )
+    return min(_measured, key=lambda entry: abs(math.log(entry.N / N)) + abs(math.log(entry.K / K)))
 
 
 def read_crossovers(path: Path) -> list[Crossover]:

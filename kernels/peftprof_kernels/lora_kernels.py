@@ -16,8 +16,8 @@ as constants each value would compile anew.
 import triton
 import triton.language as tl
 
-from peftprof_kernels.dropout import keep_tile
 from peftprof_kernels.numerics import dot, round_to
+from peftprof_kernels.philox import keep_tile
 
 
 @triton.jit(do_not_specialize=["M", "kept"])
@@ -60,9 +60,7 @@ def _lora_down_kernel(
         acc = dot(x, tl.trans(round_to(A.to(tl.float32), dtype)), acc)
     part = tl.program_id(1).to(tl.int64) * M
     out = out_ptr + (part + row.to(tl.int64)[:, None]) * r + rank[None, :]
-    tl.store(
-        out, round_to(acc, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :]
-    )
+    tl.store(out, round_to(acc, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])

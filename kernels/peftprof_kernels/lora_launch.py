@@ -192,9 +192,7 @@ def lora_down_backward(
 SUM_BLOCK: Final = 1024
 
 
-def sum_parts(
-    parts: Tensor, out: Tensor, alpha: float = 1.0, bias: Tensor | None = None
-) -> Tensor:
+def sum_parts(parts: Tensor, out: Tensor, alpha: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """out [...] = alpha * sum of parts fp32 [n, ...] + bias along the last dimension."""
     size = out.numel()
     _sum_kernel[(triton.cdiv(size, SUM_BLOCK),)](

@@ -1,8 +1,8 @@
 """A frozen linear layer, dense or NF4, and its LoRA adapter as one autograd function.
 
-Library GEMMs on any device. The equations are in ``reference.py``; what is different here
-is what is kept between forward and backward: x in the compute dtype, A, B, S [M, r] and a
-seed. No dequantised weight, no dropout mask, no second copy of x.
+The equations are in ``reference.py``; what is different here is what is kept between
+forward and backward: x in the compute dtype, A, B, S [M, r] and a seed. No dequantised
+weight, no dropout mask, no second copy of x. ``backends.py`` does the products.
 
 S is saved, not recomputed: it is r / K of x's size, and recomputing it would read all of
 x, and remake the dropout mask where only B trains.
@@ -11,69 +11,26 @@ Scalars (the scaling, and the 1 / (1 - p) of dropout) multiply where they are fr
 the alpha of a GEMM, or on a gradient of A's or B's size, never in a pass over [M, K].
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
-from peftprof_kernels.nf4 import NF4Weight, dequantize
-from peftprof_kernels.spans import (
-    BASE_GEMM,
-    DEQUANT,
-    LORA_A,
-    LORA_B,
-    LORA_DA,
-    LORA_DB,
-    LORA_DX,
-    span,
+from peftprof_kernels.backends import (
+    Backend,
+    Base,
+    base_backward,
+    base_forward,
+    drops,
+    get_backend,
 )
-
-Base = Tensor | NF4Weight
-
-# Mask elements drawn at a time: 2 bytes each of working memory. A GPU pays for launches.
-_MASK_CHUNK_CPU: Final = 1 << 19
-_MASK_CHUNK_OTHER: Final = 1 << 24
-
-
-def draw_seed() -> int:
-    """A seed from torch's default CPU generator: `torch.manual_seed` controls it.
-
-    The CPU generator whatever the device, because reading a number back from a GPU would
-    wait for it. Checkpointing restores this generator, so its second forward draws the
-    same mask.
-    """
-    return int(torch.randint(2**63 - 1, (), device="cpu"))
-
-
-def dropout_mask(
-    shape: tuple[int, int], p: float, seed: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The keep mask, 1 with probability 1 - p and else 0, that ``seed`` stands for.
-
-    A function of its arguments and the kind of device alone: backward calls it again
-    instead of keeping the mask. p is rounded to a multiple of 2^-16.
-    """
-    # Raw 64-bit draws compared as four 16-bit integers: on a CPU the generator is serial
-    # and its bits are what a mask costs; bernoulli_ draws 32 or more for each element.
-    generator = torch.Generator(device).manual_seed(seed)
-    kept = round((1.0 - p) * 2**16)  # of the 2^16 values of a draw
-    if not kept:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    largest = kept - 1 - 2**15
-    mask = torch.empty(shape, dtype=dtype, device=device)
-    flat = mask.view(-1)
-    limit = _MASK_CHUNK_CPU if device.type == "cpu" else _MASK_CHUNK_OTHER
-    chunk = min(limit, flat.numel())
-    bits = torch.empty((chunk + 3) // 4, dtype=torch.int64, device=device)
-    for start in range(0, flat.numel(), limit):
-        part = flat[start : start + limit]
-        drawn = bits[: (part.numel() + 3) // 4].random_(-(2**63), None, generator=generator)
-        torch.le(drawn.view(torch.int16)[: part.numel()], largest, out=part)
-    return mask
+from peftprof_kernels.dropout import draw_seed
+from peftprof_kernels.nf4 import NF4Weight
+from peftprof_kernels.spans import LORA_B, span
 
 
 @dataclass(frozen=True)
@@ -82,26 +39,18 @@ class _Plan:
 
     compute_dtype: torch.dtype
     out_dtype: torch.dtype
-    nf4: NF4Weight | None  # the base weight, unless it is a dense tensor
-    scaling: float = 0.0
+    backend: Backend
+    nf4: tuple[NF4Weight | None, ...]  # the base weights, but for those that are dense tensors
+    alphas: tuple[float, ...] = ()  # scaling / (1 - p), on every product with one S in it
     p: float = 0.0
-    seed: int = 0
 
-    @property
-    def alpha(self) -> float:
-        """The factor of every product with one S or dS in it: scaling / (1 - p)."""
-        return self.scaling / (1.0 - self.p) if self.p < 1.0 else 0.0
-
-    def weight(self, dense: Tensor | None) -> Tensor:
-        """The base weight [N, K] in the compute dtype."""
-        if self.nf4 is not None:
-            with span(DEQUANT):
-                return dequantize(self.nf4, self.compute_dtype)
+    def base(self, index: int, dense: Tensor | None) -> Base:
+        """The base weight [N, K] of layer ``index``."""
+        nf4 = self.nf4[index]
+        if nf4 is not None:
+            return nf4
         assert dense is not None
-        return dense.to(self.compute_dtype)
-
-    def mask(self, M: int, K: int, device: torch.device) -> Tensor:
-        return dropout_mask((M, K), self.p, self.seed, self.compute_dtype, device)
+        return dense
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -112,7 +61,8 @@ class _NF4Linear(torch.autograd.Function):
         ctx.plan, ctx.x_dtype = plan, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _no_autocast(x.device):
-            y = _base_forward(_flat(x, plan), None, bias, plan)
+            x2d = plan.backend.flat(x, plan.compute_dtype)
+            y = base_forward(x2d, plan.base(0, None), bias, plan.backend)
             return y.to(plan.out_dtype).view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
@@ -120,90 +70,142 @@ class _NF4Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         plan: _Plan = ctx.plan
         with _no_autocast(dy.device):
-            dy2d = _flat(dy, plan)
-            dbias = _bias_grad(dy2d, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+            dy2d = plan.backend.flat(dy, plan.compute_dtype)
+            dbias = dy2d.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = _base_backward(dy2d, None, plan)
+                dx = base_backward(dy2d, plan.base(0, None), plan.backend)
                 dx = dx.to(ctx.x_dtype).view(*dy.shape[:-1], dx.shape[1])
             return dx, dbias, None
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Y = X W^T + bias + scaling * dropout(X) A^T B^T."""
+# The tensors of one layer among a function's arguments, in this order.
+_A, _B, _BIAS, _DENSE, _EACH = 0, 1, 2, 3, 4
+
+
+class _LoraLinears(torch.autograd.Function):
+    """Y = X W^T + bias + scaling * dropout(X) A^T B^T for layers that share one X.
+
+    The adapters' A stand on top of each other, so that X, its mask and dX are passed over
+    once for all of them; base products and dB are each layer's own.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # [..., K]
-        A: Tensor,  # [r, K]
-        B: Tensor,  # [N, r]
-        bias: Tensor | None,  # [N]
-        dense: Tensor | None,  # [N, K], None where plan.nf4 is the base
+        seed: Tensor | None,  # int64 [], None without dropout
         plan: _Plan,
-    ) -> Tensor:
-        need_x, need_A, need_B, *_ = ctx.needs_input_grad
+        *layers: Tensor | None,  # A [r, K], B [N, r], bias [N], dense [N, K] of each
+    ) -> tuple[Tensor, ...]:
+        need_x, need_A = ctx.needs_input_grad[0], _needs(ctx, _A)
+        need_B = _needs(ctx, _B)
+        As, Bs, biases, denses = (layers[i::_EACH] for i in range(_EACH))
+        ranks = [A.shape[0] for A in As if A is not None]
+        ys = []
         with _no_autocast(x.device):
-            x2d = _flat(x, plan)  # [M, K]
-            y = _base_forward(x2d, dense, bias, plan)
-            x_hat = x2d
-            if plan.p > 0:  # in no range: dropout is not the adapter's product
-                x_hat = plan.mask(x2d.shape[0], x2d.shape[1], x2d.device).mul_(x2d)
-            with span(LORA_A):
-                S = x_hat @ A.to(plan.compute_dtype).t()  # [M, r]
-            del x_hat
+            x2d = plan.backend.flat(x, plan.compute_dtype)  # [M, K]
+            for i, (bias, dense) in enumerate(zip(biases, denses, strict=True)):
+                ys.append(base_forward(x2d, plan.base(i, dense), bias, plan.backend))
+            S = plan.backend.down(x2d, _stacked(As), seed, plan.p)  # [M, sum of ranks]
             with span(LORA_B):
-                # Onto the fresh Y, so that the sum is no pass of its own.
-                y.addmm_(S, B.to(plan.compute_dtype).t(), alpha=plan.alpha)
+                for y, B, part, alpha in zip(
+                    ys, Bs, S.split(ranks, dim=1), plan.alphas, strict=True
+                ):
+                    assert B is not None
+                    # Onto the fresh Y, so that the sum is no pass of its own.
+                    y.addmm_(part, B.to(plan.compute_dtype).t(), alpha=alpha)
         ctx.save_for_backward(
-            x2d if need_A else None,
-            S if need_B else None,
-            A if need_x else None,
-            B if need_x or need_A else None,
-            dense if need_x else None,
+            seed,
+            x2d if any(need_A) else None,
+            S if any(need_B) else None,
+            *(A if need_x or any(need_A) else None for A in As),
+            *(
+                B if need_x or any(need_A) or need else None
+                for B, need in zip(Bs, need_B, strict=True)
+            ),
+            *(dense if need_x else None for dense in denses),
         )
-        ctx.plan, ctx.K, ctx.x_dtype = plan, x.shape[-1], x.dtype
-        ctx.dtypes = A.dtype, B.dtype, None if bias is None else bias.dtype
-        return y.to(plan.out_dtype).view(*x.shape[:-1], y.shape[1])
+        ctx.set_materialize_grads(False)
+        ctx.plan, ctx.x_shape, ctx.x_dtype, ctx.ranks = plan, x.shape, x.dtype, ranks
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        return tuple(y.to(plan.out_dtype).view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        need_x, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        x2d, S, A, B, dense = ctx.saved_tensors
-        A_dtype, B_dtype, bias_dtype = ctx.dtypes
-        dx = dA = dB = dS = mask = None
-        with _no_autocast(dy.device):
-            dy2d = _flat(dy, plan)  # [M, N]
-            dbias = _bias_grad(dy2d, bias_dtype) if need_bias else None
-            if need_B:
-                with span(LORA_DB):
-                    dB = _adapter_grad((S.t() @ dy2d).t(), B_dtype, plan)  # [N, r]
-            if need_A or need_x:
-                with span(LORA_DA if need_A else LORA_DX):
-                    dS = dy2d @ B.to(plan.compute_dtype)  # [M, r], without alpha
-                if plan.p > 0:
-                    mask = plan.mask(dy2d.shape[0], ctx.K, dy.device)  # [M, K]
-            if need_A:
-                assert dS is not None
-                x_hat = x2d if mask is None else mask * x2d
-                with span(LORA_DA):
-                    dA = _adapter_grad(dS.t() @ x_hat, A_dtype, plan)  # [r, K]
-                del x_hat
-            if need_x:
-                assert dS is not None
-                dx = _base_backward(dy2d, dense, plan)  # [M, K]
-                with span(LORA_DX):
-                    A = A.to(plan.compute_dtype)
-                    if mask is None:
-                        dx.addmm_(dS, A, alpha=plan.alpha)
-                    else:
-                        dx.addcmul_(dS @ A, mask, value=plan.alpha)
-                dx = dx.to(ctx.x_dtype).view(*dy.shape[:-1], ctx.K)
-        return dx, dA, dB, dbias, None, None
+        count = len(dys)
+        need_x, need_A = ctx.needs_input_grad[0], _needs(ctx, _A)
+        need_B, need_bias = _needs(ctx, _B), _needs(ctx, _BIAS)
+        seed, x2d, S, *saved = ctx.saved_tensors
+        As, Bs, denses = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        Ss = [None] * count if S is None else S.split(ctx.ranks, dim=1)
+        need_dS = need_x or any(need_A)
+        dx: Tensor | None = None
+        dSs: list[Tensor | None] = [None] * count
+        dA: Tensor | None = None
+        grads: list[Tensor | None] = [None] * (_EACH * count)
+        device = next((dy.device for dy in dys if dy is not None), None)
+        if device is None:
+            return (None, None, None, *grads)
+        with _no_autocast(device):
+            for i, dy in enumerate(dys):
+                if dy is None:  # this output reached no loss
+                    continue
+                dy2d = plan.backend.flat(dy, plan.compute_dtype)  # [M, N]
+                if need_bias[i]:
+                    grads[_EACH * i + _BIAS] = dy2d.sum(0, dtype=ctx.bias_dtypes[i])
+                if need_dS or need_B[i]:
+                    dSs[i], grads[_EACH * i + _B] = plan.backend.up_backward(
+                        dy2d, Bs[i], Ss[i] if need_B[i] else None, plan.alphas[i], need_dS
+                    )
+                if need_x:
+                    through = base_backward(dy2d, plan.base(i, denses[i]), plan.backend)
+                    dx = through if dx is None else dx.add_(through)
+            if need_dS:
+                dA = plan.backend.down_backward(
+                    x2d if any(need_A) else None,
+                    _beside(dSs, ctx.ranks, plan.alphas),
+                    _stacked(As),
+                    dx,
+                    seed,
+                    plan.p,
+                    plan.alphas[0],
+                )
+        if dA is not None:
+            for i, part in enumerate(dA.split(ctx.ranks)):
+                if need_A[i]:
+                    grads[_EACH * i + _A] = part.to(As[i].dtype)
+        if dx is not None:
+            dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+        return (dx, None, None, *grads)
+
+
+def _needs(ctx: Any, which: int) -> tuple[bool, ...]:
+    """Whether a gradient is wanted for A, B or the bias of each layer."""
+    return tuple(ctx.needs_input_grad[3 + which :: _EACH])
+
+
+def _stacked(As: Sequence[Tensor | None]) -> Tensor:
+    given = [A for A in As if A is not None]
+    return given[0] if len(given) == 1 else torch.cat(given)
+
+
+def _beside(dSs: Sequence[Tensor | None], ranks: Sequence[int], alphas: Sequence[float]) -> Tensor:
+    """The dS of all layers [M, sum of ranks], in units of the first layer's alpha."""
+    if len(dSs) == 1:
+        assert dSs[0] is not None
+        return dSs[0]
+    known = next(dS for dS in dSs if dS is not None)
+    parts = []
+    for dS, rank, alpha in zip(dSs, ranks, alphas, strict=True):
+        if dS is None:
+            dS = known.new_zeros(known.shape[0], rank)
+        elif alpha != alphas[0]:
+            dS = dS * (alpha / alphas[0])
+        parts.append(dS)
+    return torch.cat(parts, dim=1)
 
 
 def nf4_linear(
@@ -211,14 +213,17 @@ def nf4_linear(
     weight: NF4Weight,
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """X W^T + bias, [..., K] -> [..., N], in x's dtype as bitsandbytes' Linear4bit.
 
     The product is made in ``compute_dtype`` (x's dtype if None). Nothing is saved for
-    backward but the packed weight, which dequantises it again.
+    backward but the packed weight, which is unpacked again. Raises as ``lora_linear``.
     """
     _check_input(x, weight, bias)
-    return _NF4Linear.apply(x, bias, _Plan(compute_dtype or x.dtype, x.dtype, weight))  # type: ignore[no-untyped-call, no-any-return]
+    dtype = compute_dtype or x.dtype
+    plan = _Plan(dtype, x.dtype, get_backend(backend, x, dtype), (weight,))
+    return _NF4Linear.apply(x, bias, plan)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def lora_linear(
@@ -231,58 +236,71 @@ def lora_linear(
     p: float = 0.0,
     training: bool = False,
     compute_dtype: torch.dtype | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """X W^T + bias + scaling * dropout(X) A^T B^T, [..., K] -> [..., N].
 
-    base  the frozen weight W [N, K]: dense, or NF4 and then dequantised in passing
-    A, B  [r, K] and [N, r], in any dtype; their gradients come back in it
-    p     dropout's probability, in force only while ``training``
+    base     the frozen weight W [N, K]: dense, or NF4 and then dequantised in passing
+    A, B     [r, K] and [N, r], in any dtype; their gradients come back in it
+    p        dropout's probability, in force only while ``training``
+    backend  "torch": library GEMMs; "triton": bf16, fp16 and fp32 on a GPU, r up to 256
 
     All products are made in ``compute_dtype`` (x's dtype if None), also under autocast.
     The result is in the dtype the stock layer gives: x's over an NF4 base (bitsandbytes
     casts back), the compute dtype over a dense one.
+
+    Raises ValueError for shapes that do not fit, a p that is no probability and an unknown
+    backend, TypeError for a dtype the backend does not compute in, RuntimeError where
+    Triton cannot run.
     """
-    _check_input(x, base, bias)
-    _check_adapter(base, A, B, p)
+    (y,) = lora_linear_group(
+        x, [base], [bias], [A], [B], [scaling], p, training, compute_dtype, backend
+    )
+    return y
+
+
+def lora_linear_group(
+    x: Tensor,
+    bases: Sequence[Base],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    p: float = 0.0,
+    training: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "torch",
+) -> tuple[Tensor, ...]:
+    """Several LoRA linears of one x, such as q, k and v: ``lora_linear`` of each.
+
+    x, its dropout mask and dX are passed over once for all adapters. So one mask serves
+    them all, where layers apart draw one each: the same expectation, other numbers.
+    Bases are all dense or all NF4.
+    """
+    if not bases or len({len(seq) for seq in (bases, biases, As, Bs, scalings)}) != 1:
+        raise ValueError("bases, biases, As, Bs and scalings must be equally many, one or more")
+    for base, bias, A, B in zip(bases, biases, As, Bs, strict=True):
+        _check_input(x, base, bias)
+        _check_adapter(base, A, B, p)
+    nf4 = tuple(base if isinstance(base, NF4Weight) else None for base in bases)
+    if len({weight is None for weight in nf4}) != 1:
+        raise ValueError("bases must be all dense or all NF4")
     compute_dtype = compute_dtype or x.dtype
-    nf4 = base if isinstance(base, NF4Weight) else None
-    p = p if training else 0.0
+    who = get_backend(backend, x, compute_dtype)
+    p = p if training and drops(p) else 0.0
     plan = _Plan(
         compute_dtype=compute_dtype,
-        out_dtype=compute_dtype if nf4 is None else x.dtype,
+        out_dtype=compute_dtype if nf4[0] is None else x.dtype,
+        backend=who,
         nf4=nf4,
-        scaling=scaling,
+        alphas=tuple(scaling / (1.0 - p) if p < 1.0 else 0.0 for scaling in scalings),
         p=p,
-        seed=draw_seed() if p > 0 else 0,
     )
-    dense = base if isinstance(base, Tensor) else None
-    return _LoraLinear.apply(x, A, B, bias, dense, plan)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _flat(x: Tensor, plan: _Plan) -> Tensor:
-    """x [..., K] as [M, K] in the compute dtype: x itself where nothing has to change."""
-    return x.reshape(-1, x.shape[-1]).to(plan.compute_dtype)
-
-
-def _base_forward(x2d: Tensor, dense: Tensor | None, bias: Tensor | None, plan: _Plan) -> Tensor:
-    weight = plan.weight(dense)
-    with span(BASE_GEMM):
-        return linear(x2d, weight, None if bias is None else bias.to(plan.compute_dtype))
-
-
-def _base_backward(dy2d: Tensor, dense: Tensor | None, plan: _Plan) -> Tensor:
-    weight = plan.weight(dense)
-    with span(BASE_GEMM):
-        return dy2d @ weight
-
-
-def _adapter_grad(grad: Tensor, dtype: torch.dtype, plan: _Plan) -> Tensor:
-    """A gradient in the parameter's dtype and layout, times alpha."""
-    return grad.to(dtype, memory_format=torch.contiguous_format).mul_(plan.alpha)
-
-
-def _bias_grad(dy2d: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy2d.sum(0, dtype=dtype)
+    seed = draw_seed(who.seed_device(x.device)) if p > 0 else None
+    layers: list[Tensor | None] = []
+    for base, bias, A, B in zip(bases, biases, As, Bs, strict=True):
+        layers += [A, B, bias, base if isinstance(base, Tensor) else None]
+    return _LoraLinears.apply(x, seed, plan, *layers)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:

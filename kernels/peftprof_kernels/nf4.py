@@ -60,6 +60,27 @@ class NF4Weight:
         pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
         object.__setattr__(self, "_pairs", pairs.view(torch.float64).reshape(-1))
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors as an operator takes them; ``rebuilt`` is the way back."""
+        found = [self.packed, self.absmax, self.code, self._pairs]
+        if self.absmax2 is not None and self.code2 is not None and self.offset is not None:
+            found += [self.absmax2, self.code2, self.offset]
+        return found
+
+    def layout(self) -> list[int]:
+        """The numbers beside ``tensors``: N, K, blocksize, blocksize2."""
+        return [*self.shape, self.blocksize, self.blocksize2]
+
+    @classmethod
+    def rebuilt(cls, tensors: list[Tensor], layout: list[int]) -> "NF4Weight":
+        """The weight of ``tensors`` and ``layout``, which were checked when it was made."""
+        self = object.__new__(cls)
+        N, K, blocksize, blocksize2 = layout
+        names = ("packed", "absmax", "code", "_pairs", "absmax2", "code2", "offset")
+        fields = dict.fromkeys(names) | dict(zip(names, tensors, strict=False))
+        self.__dict__.update(fields, shape=(N, K), blocksize=blocksize, blocksize2=blocksize2)
+        return self
+
     @property
     def nested(self) -> bool:
         """Whether the scales are quantised too."""
@@ -139,7 +160,7 @@ def block_scales(weight: NF4Weight) -> Tensor:
     return scales.add_(weight.offset.reshape(()))
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+def dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``: fp32 code times fp32 scale, rounded once.
 
     Beside the result this needs a few MiB of working memory, whatever the weight's size.

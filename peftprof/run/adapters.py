@@ -21,8 +21,7 @@ from peftprof.config import RunConfig
 from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
 from peftprof.records import Trainable
 from peftprof.run.model import DTYPES, Family, unpacked_size
-from peftprof_kernels.lora_linear import lora_linear, nf4_linear
-from peftprof_kernels.nf4 import NF4Weight, dequantize
+from peftprof_kernels import NF4Weight, dequantize, lora_linear, nf4_linear
 
 
 def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""NF4 weights to test with: random bytes and scales, or a quantiser's."""
+"""NF4 weights to test with: random bytes and scales, or a quantiser's; and where they lie."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from peftprof_kernels import NF4Weight
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 CODE = torch.tensor(
     [
@@ -54,11 +56,11 @@ def random_weight(
             "offset": torch.rand((), generator=generator) + 1,
         }
     return NF4Weight(
-        packed=packed.view(storage).view(-1, 1),
+        packed=packed.view(storage).view(-1, 1).to(DEVICE),
         shape=(N, K),
         blocksize=blocksize,
-        code=CODE,
-        **scales,
+        code=CODE.to(DEVICE),
+        **{name: tensor.to(DEVICE) for name, tensor in scales.items()},
     )
 
 

@@ -1,100 +1,30 @@
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from peftprof_kernels import NF4Weight, draw_seed, dropout_mask, lora_linear, nf4_linear
+from peftprof_kernels import NF4Weight, dropout_mask, lora_linear, lora_linear_group, nf4_linear
 from peftprof_kernels.reference import (
     dequantize_reference,
     lora_linear_backward_reference,
     lora_linear_reference,
     nf4_linear_reference,
 )
-from tests.kernels.nf4_weights import random_weight
+from tests.kernels.cases import BACKENDS, Case, cases, coarsest, keep_mask
+from tests.kernels.nf4_weights import DEVICE, random_weight
 from tests.tolerances import ADAPTER_GRAD, GEMM, relative_error
 
-CPU = torch.device("cpu")
+on_both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One LoRA linear; everything random follows from the seed."""
-
-    leading: tuple[int, ...]
-    N: int
-    K: int
-    r: int
-    compute: torch.dtype
-    x_dtype: torch.dtype
-    adapter: torch.dtype
-    nf4: bool
-    nested: bool
-    blocksize: int
-    bias: bool
-    p: float
-    scaling: float
-    strided: bool
-    needs: tuple[bool, bool, bool, bool]  # x, A, B, bias
-    seed: int
-
-    def tensors(self) -> tuple[Tensor, Tensor | NF4Weight, Tensor | None, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        need_x, need_A, need_B, need_bias = self.needs
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        x = normal(*self.leading, 2 * self.K)[..., ::2] if self.strided else None
-        x = normal(*self.leading, self.K) if x is None else x
-        base: Tensor | NF4Weight = normal(self.N, self.K).to(self.compute)
-        if self.nf4:
-            base = random_weight(
-                self.N, self.K, blocksize=self.blocksize, nested=self.nested, seed=self.seed
-            )
-        bias = normal(self.N).requires_grad_(need_bias) if self.bias else None
-        A = normal(self.r, self.K).to(self.adapter).requires_grad_(need_A)
-        B = normal(self.N, self.r).to(self.adapter).requires_grad_(need_B)
-        return x.to(self.x_dtype).requires_grad_(need_x), base, bias, A, B
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    compute = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    # GEMM's half precision bounds are for norms of many elements: one alone may be at three
-    # times the mean.
-    half = compute in (torch.bfloat16, torch.float16)
-    smallest = 16 if half else 1
-    leading = [(17,), (2, 9), (3, 1, 5)] + ([] if half else [(), (1,)])
-    return Case(
-        leading=draw(st.sampled_from(leading)),
-        N=draw(st.integers(smallest, 90)),
-        K=draw(st.integers(smallest, 90)),
-        r=draw(st.integers(1, 64)),
-        compute=compute,
-        x_dtype=draw(st.sampled_from([compute, torch.float32])),
-        adapter=draw(st.sampled_from([compute, torch.float32])),
-        nf4=draw(st.booleans()),
-        nested=draw(st.booleans()),
-        blocksize=draw(st.sampled_from([32, 64, 256])),
-        bias=draw(st.booleans()),
-        p=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
-        scaling=draw(st.sampled_from([1.0, 0.25, 2.7])),
-        strided=draw(st.booleans()),
-        needs=draw(st.tuples(*[st.booleans()] * 4)),
-        seed=draw(st.integers(0, 2**16)),
-    )
-
-
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(case=cases())
 def test_forward_and_gradients_against_float64(case: Case) -> None:
     x, base, bias, A, B = case.tensors()
     torch.manual_seed(case.seed)
-    y = lora_linear(x, base, bias, A, B, case.scaling, case.p, True, case.compute)
+    y = lora_linear(x, base, bias, A, B, case.scaling, case.p, True, case.compute, case.backend)
     assert y.dtype == (case.x_dtype if case.nf4 else case.compute)
 
     # The truth starts from the same rounded inputs: inputs are not what is tested.
@@ -109,12 +39,12 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
     rest2 = (case.scaling**2, keep, 1 - (1 - case.p) ** 2)
     squares = lora_linear_reference(x2, W2, bias2, A2, B2, *rest2)
     assert y.shape == truth.shape
-    limit = GEMM[_coarsest(case.compute, y.dtype)]
+    limit = GEMM[coarsest(case.compute, y.dtype)]
     assert relative_error(y.detach(), truth, squares) < limit, "Y"
 
     if not y.requires_grad:
         return
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed)).to(y.dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed)).to(y)
     y.backward(dy)
     dy64 = dy.to(case.compute).double()
     grads = lora_linear_backward_reference(dy64, x64, W64, A64, B64, *rest)
@@ -127,7 +57,7 @@ def test_forward_and_gradients_against_float64(case: Case) -> None:
         assert leaf.grad is not None, name
         assert leaf.grad.dtype == leaf.dtype, name
         limits = ADAPTER_GRAD if name in "AB" else GEMM
-        limit = limits[_coarsest(case.compute, leaf.dtype)]
+        limit = limits[coarsest(case.compute, leaf.dtype)]
         assert relative_error(leaf.grad, expected, squares) < limit, name
 
 
@@ -136,21 +66,16 @@ def _mask_of(case: Case, x: Tensor) -> Tensor | None:
     if case.p == 0:
         return None
     torch.manual_seed(case.seed)
-    M = x.numel() // case.K
-    mask = dropout_mask((M, case.K), case.p, draw_seed(), torch.float64, CPU)
-    return mask.view(x.shape)
+    return keep_mask(case.backend, (x.numel() // case.K, case.K), case.p).view(x.shape)
 
 
-def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def test_a_wrong_scaling_is_caught() -> None:
+@on_both
+def test_a_wrong_scaling_is_caught(backend: str) -> None:
     # The control: an error of one part in fifty in the adapter alone must not pass, or
     # the tolerances above would prove nothing.
-    x, W, A, B = (torch.randn(s) for s in ((33, 48), (40, 48), (4, 48), (40, 4)))
+    x, W, A, B = (torch.randn(s, device=DEVICE) for s in ((33, 48), (40, 48), (4, 48), (40, 4)))
     doubles = [t.double() for t in (x, W)]
-    y = lora_linear(x, W, None, A, B, 2.0 * 1.02)
+    y = lora_linear(x, W, None, A, B, 2.0 * 1.02, backend=backend)
     truth = lora_linear_reference(*doubles, None, A.double(), B.double(), 2.0)
     assert relative_error(y, truth) > GEMM[torch.bfloat16]
 
@@ -159,9 +84,9 @@ def test_a_wrong_scaling_is_caught() -> None:
 @pytest.mark.parametrize("nf4", [False, True])
 def test_gradients_by_finite_differences(nf4: bool, p: float) -> None:
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        return torch.randn(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
-    W = random_weight(5, 6) if nf4 else torch.randn(5, 6, dtype=torch.float64)
+    W = random_weight(5, 6) if nf4 else torch.randn(5, 6, dtype=torch.float64, device=DEVICE)
 
     def forward(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
         torch.manual_seed(3)  # the same mask at every evaluation
@@ -175,16 +100,16 @@ def test_gradients_by_finite_differences(nf4: bool, p: float) -> None:
 def test_nf4_linear_against_float64(case: Case) -> None:
     x, _, bias, *_ = case.tensors()
     weight = random_weight(case.N, case.K, blocksize=case.blocksize, seed=case.seed)
-    y = nf4_linear(x, weight, bias, case.compute)
+    y = nf4_linear(x, weight, bias, case.compute, case.backend)
     assert y.dtype == x.dtype
-    limit = GEMM[_coarsest(case.compute, x.dtype)]
+    limit = GEMM[coarsest(case.compute, x.dtype)]
     W64 = dequantize_reference(weight, case.compute).double()
     x64 = x.detach().to(case.compute).double()
     bias64 = 0 if bias is None else bias.detach().to(case.compute).double()
     squares = x64.square() @ W64.T.square() + bias64**2
     assert relative_error(y.detach(), x64 @ W64.T + bias64, squares) < limit
     if x.requires_grad:
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed)).to(y.dtype)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(case.seed)).to(y)
         (dx,) = torch.autograd.grad(y, x, dy)
         assert dx.dtype == x.dtype
         dy64 = dy.to(case.compute).double()
@@ -192,22 +117,25 @@ def test_nf4_linear_against_float64(case: Case) -> None:
 
 
 def test_nf4_linear_is_the_reference_in_float32() -> None:
-    weight, x, bias = random_weight(20, 30), torch.randn(7, 30), torch.randn(20)
+    weight = random_weight(20, 30)
+    x, bias = torch.randn(7, 30, device=DEVICE), torch.randn(20, device=DEVICE)
     expected = nf4_linear_reference(x, weight, bias)
     assert relative_error(nf4_linear(x, weight, bias), expected) < GEMM[torch.float32]
 
 
-def test_the_mask_is_the_same_in_backward() -> None:
+@on_both
+def test_the_mask_is_the_same_in_backward(backend: str) -> None:
     # Where the adapter alone reaches x (W = 0), dX is zero exactly where x was dropped;
     # and A's gradient has a column of zeros exactly where a lone token was dropped.
-    x = torch.ones(1, 500, requires_grad=True)
-    A = torch.ones(1, 500, requires_grad=True)
-    B = torch.ones(3, 1)
+    x = torch.ones(1, 500, device=DEVICE, requires_grad=True)
+    A = torch.ones(1, 500, device=DEVICE, requires_grad=True)
+    B = torch.ones(3, 1, device=DEVICE)
+    W = torch.zeros(3, 500, device=DEVICE)
     torch.manual_seed(11)
-    y = lora_linear(x, torch.zeros(3, 500), None, A, B, 1.0, 0.3, True)
+    y = lora_linear(x, W, None, A, B, 1.0, 0.3, True, backend=backend)
     y.sum().backward()
     torch.manual_seed(11)
-    mask = dropout_mask((1, 500), 0.3, draw_seed(), torch.float32, CPU)
+    mask = keep_mask(backend, (1, 500), 0.3)
     assert 0 < mask.sum() < 500
     assert x.grad is not None
     assert A.grad is not None
@@ -216,23 +144,34 @@ def test_the_mask_is_the_same_in_backward() -> None:
     assert relative_error(y, (mask.sum() / 0.7).expand(1, 3)) < GEMM[torch.float32]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
-def test_the_mask_keeps_the_share_it_should(p: float) -> None:
-    # More than one chunk, and an odd number of elements.
-    mask = dropout_mask((1001, 701), p, 5, torch.bfloat16, CPU)
+@on_both
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+def test_the_mask_keeps_the_share_it_should(backend: str, p: float) -> None:
+    def drawn(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return keep_mask(backend, (1001, 701), p)  # more than one chunk, and odd
+
+    mask = drawn(5)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
     deviation = (p * (1 - p) / mask.numel()) ** 0.5
-    assert abs(mask.double().mean().item() - (1 - p)) <= 5 * deviation
-    assert torch.equal(mask, dropout_mask((1001, 701), p, 5, torch.bfloat16, CPU))
-    if 0 < p < 1:
-        assert not torch.equal(mask, dropout_mask((1001, 701), p, 6, torch.bfloat16, CPU))
+    assert abs(mask.mean().item() - (1 - p)) <= 5 * deviation
+    assert torch.equal(mask, drawn(5))
+    if p < 1:
+        assert not torch.equal(mask, drawn(6))
 
 
-def test_the_random_state_of_the_run_controls_the_mask() -> None:
-    x, W, A, B = (torch.randn(s) for s in ((9, 16), (8, 16), (2, 16), (8, 2)))
+def test_a_mask_is_one_in_any_dtype() -> None:
+    seed = torch.tensor(3)
+    masks = [dropout_mask((9, 33), 0.3, seed, t, DEVICE) for t in (torch.float32, torch.bfloat16)]
+    assert torch.equal(masks[0], masks[1].float())
+
+
+@on_both
+def test_the_random_state_of_the_run_controls_the_mask(backend: str) -> None:
+    x, W, A, B = _layer(9)
 
     def drop() -> Tensor:
-        return lora_linear(x, W, None, A, B, 1.0, 0.5, True)
+        return lora_linear(x, W, None, A, B, 1.0, 0.5, True, backend=backend)
 
     torch.manual_seed(1)
     first, second = drop(), drop()
@@ -240,16 +179,17 @@ def test_the_random_state_of_the_run_controls_the_mask() -> None:
     assert torch.equal(drop(), first)
     assert not torch.equal(first, second)
     state = torch.get_rng_state()
-    lora_linear(x, W, None, A, B, 1.0, 0.5, training=False)
+    lora_linear(x, W, None, A, B, 1.0, 0.5, training=False, backend=backend)
     assert torch.equal(torch.get_rng_state(), state)  # evaluation draws nothing
 
 
-def test_checkpointing_recomputes_the_same_mask() -> None:
-    x = torch.randn(9, 16, requires_grad=True)
-    W, A, B = (torch.randn(s) for s in ((8, 16), (2, 16), (8, 2)))
+@on_both
+def test_checkpointing_recomputes_the_same_mask(backend: str) -> None:
+    x, W, A, B = _layer(9)
+    x.requires_grad_()
 
     def layer(x: Tensor) -> Tensor:
-        return lora_linear(x * 1, W, None, A.requires_grad_(), B, 1.0, 0.5, True)
+        return lora_linear(x * 1, W, None, A.requires_grad_(), B, 1.0, 0.5, True, backend=backend)
 
     torch.manual_seed(1)
     (plain,) = torch.autograd.grad(layer(x).square().sum(), A)
@@ -259,96 +199,196 @@ def test_checkpointing_recomputes_the_same_mask() -> None:
     assert torch.equal(plain, recomputed)
 
 
+def _layer(rows: int) -> tuple[Tensor, ...]:
+    """x, W, A and B."""
+    shapes = ((rows, 16), (8, 16), (2, 16), (8, 2))
+    return tuple(torch.randn(shape, device=DEVICE) for shape in shapes)
+
+
 M, N, K, R = 24, 40, 64, 4
 
 
-def _saved(base: Any, needs: str, compute: torch.dtype, p: float = 0.1) -> list[Tensor]:
-    """What autograd keeps, as (dtype, shape) of each tensor."""
+def _saved(base: Any, needs: str, compute: torch.dtype, p: float, backend: str) -> list[Tensor]:
+    """What autograd keeps."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         saved.append(tensor)
         return tensor
 
-    x = torch.randn(2, M // 2, K, requires_grad="x" in needs)
-    A = torch.randn(R, K, requires_grad="A" in needs)
-    B = torch.randn(N, R, requires_grad="B" in needs)
+    x = torch.randn(2, M // 2, K, device=DEVICE, requires_grad="x" in needs)
+    A = torch.randn(R, K, device=DEVICE, requires_grad="A" in needs)
+    B = torch.randn(N, R, device=DEVICE, requires_grad="B" in needs)
+    bias = torch.zeros(N, device=DEVICE)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lora_linear(x, base, torch.zeros(N), A, B, 1.0, p, True, compute)
+        lora_linear(x, base, bias, A, B, 1.0, p, True, compute, backend)
     return saved
 
 
+@on_both
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_x_is_saved_once_and_nothing_else_of_its_size(compute: torch.dtype) -> None:
-    saved = _saved(random_weight(N, K), "xAB", compute)
+def test_x_is_saved_once_and_nothing_else_of_its_size(compute: torch.dtype, backend: str) -> None:
+    saved = _saved(random_weight(N, K), "xAB", compute, 0.1, backend)
     sizes = sorted(tensor.numel() for tensor in saved)
-    assert sizes == sorted([M * K, M * R, R * K, N * R])
+    assert sizes == sorted([1, M * K, M * R, R * K, N * R])  # 1: the seed
     (x,) = (tensor for tensor in saved if tensor.numel() == M * K)
     assert x.dtype == compute
 
 
+@on_both
 @pytest.mark.parametrize(
     ("needs", "shapes"),
     [
         ("x", [(R, K), (N, R), (N, K)]),  # frozen adapter
-        ("AB", [(M, K), (M, R), (N, R)]),  # first layer: its input needs no gradient
-        ("B", [(M, R)]),
-        ("A", [(M, K), (N, R)]),
+        ("AB", [(M, K), (M, R), (R, K), (N, R)]),  # first layer: its input needs no gradient
+        ("B", [(M, R), (N, R)]),
+        ("A", [(M, K), (R, K), (N, R)]),
     ],
 )
-def test_only_what_backward_reads_is_saved(needs: str, shapes: list[tuple[int, int]]) -> None:
-    saved = _saved(torch.randn(N, K), needs, torch.float32)
+def test_only_what_backward_reads_is_saved(
+    needs: str, shapes: list[tuple[int, int]], backend: str
+) -> None:
+    base = torch.randn(N, K, device=DEVICE)
+    saved = _saved(base, needs, torch.float32, 0.0, backend)
     assert sorted(tuple(t.shape) for t in saved) == sorted(shapes)
 
 
-def test_x_itself_is_saved_where_it_has_the_compute_dtype() -> None:
-    x = torch.randn(3, 5, 16)
-    A = torch.randn(2, 16, requires_grad=True)
+@on_both
+def test_x_itself_is_saved_where_it_has_the_compute_dtype(backend: str) -> None:
+    x, W, A, B = _layer(15)
     pointers: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: pointers.append(t.data_ptr()) or t, lambda t: t
     ):
-        lora_linear(x, torch.randn(8, 16), None, A, torch.randn(8, 2), 1.0)
+        lora_linear(x.view(3, 5, 16), W, None, A.requires_grad_(), B, 1.0, backend=backend)
     assert x.data_ptr() in pointers
 
 
+@on_both
 @pytest.mark.parametrize("nf4", [False, True])
-def test_no_tokens_at_all(nf4: bool) -> None:
-    x = torch.empty(2, 0, 32, requires_grad=True)
-    A, B = torch.randn(2, 32, requires_grad=True), torch.randn(8, 2, requires_grad=True)
-    base = random_weight(8, 32) if nf4 else torch.randn(8, 32)
-    y = lora_linear(x, base, None, A, B, 1.0, 0.1, True)
+def test_no_tokens_at_all(nf4: bool, backend: str) -> None:
+    shapes = ((2, 0, 32), (2, 32), (8, 2))
+    x, A, B = (torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes)
+    base = random_weight(8, 32) if nf4 else torch.randn(8, 32, device=DEVICE)
+    y = lora_linear(x, base, None, A, B, 1.0, 0.1, True, backend=backend)
     assert y.shape == (2, 0, 8)
     y.sum().backward()
     for tensor in (x, A, B):
         assert tensor.grad is not None
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
     if isinstance(base, NF4Weight):
-        assert nf4_linear(x, base).shape == (2, 0, 8)
+        assert nf4_linear(x, base, backend=backend).shape == (2, 0, 8)
 
 
-def test_autocast_changes_nothing_inside() -> None:
-    x, A, B = (torch.randn(s, requires_grad=True) for s in ((6, 16), (2, 16), (8, 2)))
-    W = torch.randn(8, 16)
-    expected = lora_linear(x, W, None, A, B, 1.0)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = lora_linear(x, W, None, A, B, 1.0, compute_dtype=torch.float32)
+@on_both
+def test_autocast_changes_nothing_inside(backend: str) -> None:
+    x, W, A, B = _layer(6)
+    for leaf in (x, A, B):
+        leaf.requires_grad_()
+    expected = lora_linear(x, W, None, A, B, 1.0, backend=backend)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y = lora_linear(x, W, None, A, B, 1.0, compute_dtype=torch.float32, backend=backend)
         y.sum().backward()
     assert y.dtype == torch.float32
     assert torch.equal(y, expected)
 
 
+@on_both
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_group_is_its_layers_apart(p: float, nf4: bool, backend: str) -> None:
+    # With the group's one mask put into x by hand, and no other dropout.
+    sizes, scalings, r = (24, 40, 17), (1.0, 0.5, 2.0), (4, 3, 5)
+    x = torch.randn(2, 9, K, device=DEVICE, requires_grad=True)
+    bases = [
+        random_weight(n, K, seed=n) if nf4 else torch.randn(n, K, device=DEVICE) for n in sizes
+    ]
+    biases = [torch.randn(24, device=DEVICE), None, torch.randn(17, device=DEVICE)]
+    As = [torch.randn(i, K, device=DEVICE, requires_grad=True) for i in r]
+    Bs = [
+        torch.randn(n, i, device=DEVICE, requires_grad=True) for n, i in zip(sizes, r, strict=True)
+    ]
+    leaves = [x, *As, *Bs]
+    torch.manual_seed(7)
+    ys = lora_linear_group(x, bases, biases, As, Bs, scalings, p, True, backend=backend)
+    torch.manual_seed(7)
+    mask = keep_mask(backend, (18, K), p).view(x.shape) if p else torch.ones_like(x)
+    truths = [
+        lora_linear_reference(
+            x.double(),
+            dequantize_reference(base, x.dtype).double() if nf4 else base.double(),
+            None if bias is None else bias.double(),
+            A.double(),
+            B.double(),
+            scaling,
+            mask,
+            p,
+        )
+        for base, bias, A, B, scaling in zip(bases, biases, As, Bs, scalings, strict=True)
+    ]
+    dys = [torch.randn_like(y) for y in ys]
+    for y, truth in zip(ys, truths, strict=True):
+        assert relative_error(y, truth) < GEMM[torch.float32]
+    got = torch.autograd.grad(ys, leaves, dys)
+    expected = torch.autograd.grad(truths, leaves, [dy.double() for dy in dys])
+    for mine, true in zip(got, expected, strict=True):
+        assert relative_error(mine, true) < ADAPTER_GRAD[torch.float32]
+
+
+@on_both
+def test_an_output_of_a_group_may_go_unused(backend: str) -> None:
+    x, W, A, B = _layer(9)
+    leaves = [leaf.requires_grad_() for leaf in (x, A, B)]
+    alone = torch.autograd.grad(lora_linear(x, W, None, A, B, 0.5, backend=backend).sum(), leaves)
+    other = torch.randn(8, 2, device=DEVICE, requires_grad=True)
+    _, y = lora_linear_group(
+        x, [W, W], [None] * 2, [A.detach(), A], [other, B], [1.0, 0.5], backend=backend
+    )
+    together = torch.autograd.grad(y.sum(), leaves)
+    for a, b in zip(alone, together, strict=True):
+        assert relative_error(b, a) < GEMM[torch.float32]
+
+
+@on_both
+def test_gradients_repeat_bit_by_bit(backend: str) -> None:
+    x = torch.randn(500, K, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    A = torch.randn(R, K, device=DEVICE, requires_grad=True)
+    B = torch.randn(N, R, device=DEVICE, requires_grad=True)
+    weight = random_weight(N, K)
+
+    def once() -> tuple[Tensor, ...]:
+        torch.manual_seed(2)
+        y = lora_linear(x, weight, None, A, B, 1.0, 0.1, True, backend=backend)
+        return torch.autograd.grad(y.float().square().sum(), (x, A, B))
+
+    for a, b in zip(once(), once(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_calls_that_cannot_be_right_are_refused() -> None:
-    x, W, A, B = (torch.randn(s) for s in ((3, 16), (8, 16), (2, 16), (8, 2)))
+    x, W, A, B = _layer(3)
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 16\] .*got \(3, 15\)"):
         lora_linear(x[:, 1:], W, None, A, B, 1.0)
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(8, 3\)"):
-        lora_linear(x, W, None, A, torch.randn(8, 3), 1.0)
+        lora_linear(x, W, None, A, B.new_ones(8, 3), 1.0)
     with pytest.raises(ValueError, match="base must be frozen"):
         lora_linear(x, W.requires_grad_(), None, A, B, 1.0)
+    W = W.detach()
     with pytest.raises(ValueError, match=r"p must be a probability, got 1\.5"):
-        lora_linear(x, W.detach(), None, A, B, 1.0, p=1.5)
+        lora_linear(x, W, None, A, B, 1.0, p=1.5)
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \(7,\)"):
-        nf4_linear(x, random_weight(8, 16), torch.zeros(7))
+        nf4_linear(x, random_weight(8, 16), x.new_zeros(7))
     with pytest.raises(TypeError, match=r"floating point, got torch\.int64"):
         nf4_linear(x.long(), random_weight(8, 16))
+    with pytest.raises(ValueError, match="backend must be one of torch, triton, got 'cuda'"):
+        lora_linear(x, W, None, A, B, 1.0, backend="cuda")
+    with pytest.raises(TypeError, match=r"bf16, fp16 or fp32, not torch\.float64"):
+        lora_linear(x.double(), W, None, A, B, 1.0, backend="triton")
+    with pytest.raises(ValueError, match="rank must be 1 to 256, got 257"):
+        A, B = x.new_ones(257, 16), x.new_ones(8, 257)
+        lora_linear(x, W, None, A, B, 1.0, backend="triton")
+    with pytest.raises(ValueError, match="equally many"):
+        lora_linear_group(x, [W, W], [None], [A], [B], [1.0])
+    with pytest.raises(ValueError, match="all dense or all NF4"):
+        A, B, nf4 = x.new_ones(2, 16), x.new_ones(8, 2), random_weight(8, 16)
+        lora_linear_group(x, [W, nf4], [None] * 2, [A, A], [B, B], [1.0, 1.0])
