@@ -112,7 +112,7 @@ class TorchBackend:
             with span(LORA_DX):
                 A = A.to(dS.dtype)
                 if mask is None:
-                    dx.addmm_(dS, A, alpha=alpha)
+                    torch.addmm(dx, dS, A, alpha=alpha, out=dx)
                 else:
                     dx.addcmul_(dS @ A, mask, value=alpha)
         return dA
@@ -237,4 +237,4 @@ def _mask(M: int, K: int, p: float, seed: Tensor, like: Tensor) -> Tensor:
 
 def _grad(grad: Tensor, like: Tensor, alpha: float) -> Tensor:
     """A gradient in the parameter's dtype and layout, times alpha."""
-    return grad.to(like.dtype, memory_format=torch.contiguous_format).mul_(alpha)
+    return grad.to(like.dtype).contiguous().mul_(alpha)

@@ -215,7 +215,7 @@ def _parts(n: int, rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def _scaled(grad: Tensor, alpha: float, like: Tensor) -> Tensor:
-    return grad.to(like.dtype, memory_format=torch.contiguous_format).mul_(alpha)
+    return grad.to(like.dtype).contiguous().mul_(alpha)
 
 
 def _options(tiles: Tiles) -> dict[str, Any]:

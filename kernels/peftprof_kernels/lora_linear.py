@@ -113,8 +113,9 @@ class _LoraLinears(torch.autograd.Function):
                     ys, Bs, S.split(ranks, dim=1), plan.alphas, strict=True
                 ):
                     assert B is not None
-                    # Onto the fresh Y, so that the sum is no pass of its own.
-                    y.addmm_(part, B.to(plan.compute_dtype).t(), alpha=alpha)
+                    # Onto the fresh Y, so that the sum is no pass of its own. With out= and
+                    # not addmm_, whose FLOPs torch's counter does not know.
+                    torch.addmm(y, part, B.to(plan.compute_dtype).t(), alpha=alpha, out=y)
         ctx.save_for_backward(
             seed,
             x2d if any(need_A) else None,
