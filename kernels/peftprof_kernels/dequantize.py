@@ -17,16 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from peftprof_kernels.nf4 import NF4Weight
-from peftprof_kernels.numerics import round_to
+from peftprof_kernels.numerics import INTERPRETED, round_to
 from peftprof_kernels.variant import Variant
 
 OUT_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
-# 32 weights a thread. On sm_90 that is 7.3 SASS instructions a weight and 9 programs on a
-# multiprocessor; 16 a thread cost 10.0, 64 cost 7.1 with almost twice the registers
-# (`python -m bench.codegen`).
+# 32 weights a thread. On sm_90 that is 8.0 SASS instructions a weight with nested scales and
+# 9 programs on a multiprocessor; 16 a thread cost 10.0, 64 cost 7.2 and almost twice the
+# registers (`python -m bench.codegen`).
 BLOCK: Final = 512
 NUM_WARPS: Final = 4
+# The interpreter takes milliseconds for a program of any size.
+_INTERPRETED_BLOCK: Final = 8192
 
 
 @triton.jit
@@ -106,7 +108,8 @@ def dequantize_triton(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     packed = weight.packed
     if whole_words:
         packed = packed[: weight.numel // 2].view(torch.int32)
-    _nf4_dequant_kernel[(triton.cdiv(weight.numel, 8 * BLOCK),)](
+    block = _INTERPRETED_BLOCK if INTERPRETED.value else BLOCK
+    _nf4_dequant_kernel[(triton.cdiv(weight.numel, 8 * block),)](
         packed,
         *scale_pointers(weight),
         weight.code,
@@ -116,7 +119,7 @@ def dequantize_triton(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
         BLOCKSIZE=weight.blocksize,
         BLOCKSIZE2=weight.blocksize2,
         WHOLE_WORDS=whole_words,
-        BLOCK=BLOCK,
+        BLOCK=block,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # the product of a nested scale is rounded before the sum
     )

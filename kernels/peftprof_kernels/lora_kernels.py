@@ -6,7 +6,7 @@
 
 The base product and Y += S B^T stay the library's: an addmm reads and writes Y once, which
 is all there is to win. No atomics: where programs share a sum, each writes its part in fp32
-and ``_sum_kernel`` adds the parts in a fixed order, so results repeat bit by bit.
+and ``_lora_sum_kernel`` adds the parts in a fixed order, so results repeat bit by bit.
 
 r is padded to R, a power of two of at least 16, because tensor cores take no less. Numbers
 that change from call to call or layer to layer (alpha, p, sizes) are run-time arguments:
@@ -174,7 +174,7 @@ def _lora_down_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _sum_kernel(
+def _lora_sum_kernel(
     parts_ptr,  # fp32 [parts, size]
     bias_ptr,  # [columns], None: none
     out_ptr,  # [size], rows of ``columns``

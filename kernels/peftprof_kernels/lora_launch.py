@@ -16,8 +16,8 @@ from peftprof_kernels.dropout import kept_draws
 from peftprof_kernels.lora_kernels import (
     _lora_down_backward_kernel,
     _lora_down_kernel,
+    _lora_sum_kernel,
     _lora_up_backward_kernel,
-    _sum_kernel,
 )
 
 MAX_RANK: Final = 256
@@ -99,7 +99,7 @@ def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_K=tiles.columns,
-        **_options(tiles),
+        **launch_options(tiles),
     )
     return S if splits == 1 else sum_parts(out, S)
 
@@ -137,7 +137,7 @@ def lora_up_backward(
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
-        **_options(tiles),
+        **launch_options(tiles),
     )
     dS = torch.empty(M, r, dtype=dy.dtype, device=dy.device)
     return sum_parts(dS_parts, dS), sum_parts(dB_parts, torch.empty_like(B), alpha)
@@ -184,7 +184,7 @@ def lora_down_backward(
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_K=tiles.columns,
-        **_options(tiles),
+        **launch_options(tiles),
     )
     return None if dA_parts is None else sum_parts(dA_parts, torch.empty_like(A), alpha)
 
@@ -195,7 +195,7 @@ SUM_BLOCK: Final = 1024
 def sum_parts(parts: Tensor, out: Tensor, alpha: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """out [...] = alpha * sum of parts fp32 [n, ...] + bias along the last dimension."""
     size = out.numel()
-    _sum_kernel[(triton.cdiv(size, SUM_BLOCK),)](
+    _lora_sum_kernel[(triton.cdiv(size, SUM_BLOCK),)](
         parts,
         bias,
         out,
@@ -218,7 +218,8 @@ def _scaled(grad: Tensor, alpha: float, like: Tensor) -> Tensor:
     return grad.to(like.dtype).contiguous().mul_(alpha)
 
 
-def _options(tiles: Tiles) -> dict[str, Any]:
+def launch_options(tiles: Tiles) -> dict[str, Any]:
+    """The launch's own arguments, beside the kernel's."""
     return {
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

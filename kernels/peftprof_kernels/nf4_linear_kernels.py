@@ -22,6 +22,7 @@ from peftprof_kernels.device import has_tensor_cores, split
 from peftprof_kernels.lora_launch import sum_parts
 from peftprof_kernels.nf4 import NF4Weight
 from peftprof_kernels.numerics import dot, round_to
+from peftprof_kernels.variant import TARGETS, Variant
 
 
 @triton.jit
@@ -205,7 +206,7 @@ def tiles(M: int, tensor_cores: bool) -> Tiles:
     if not tensor_cores:
         return Tiles(16, 32, 32, 4, 2)
     # Padding rows costs nothing while a weight's bytes are what is waited for.
-    return Tiles(16 if M <= 16 else 64, 64, 64, 4, 3)
+    return Tiles(16, 64, 64, 4, 3) if M <= 16 else Tiles(64, 64, 64, 8, 3)
 
 
 def supports(weight: NF4Weight) -> bool:
@@ -271,20 +272,83 @@ def nf4_linear_dx(dy: Tensor, weight: NF4Weight) -> Tensor:
     return dx if splits == 1 else sum_parts(out, dx)
 
 
-def _options(weight: NF4Weight, t: Tiles) -> dict[str, Any]:
+def _constants(t: Tiles, blocksize: int, blocksize2: int, row_scale: bool) -> dict[str, Any]:
     return {
-        "BLOCKSIZE": weight.blocksize,
-        "BLOCKSIZE2": weight.blocksize2,
-        "ROW_SCALE": weight.shape[1] % weight.blocksize == 0 and weight.blocksize % t.k == 0,
+        "BLOCKSIZE": blocksize,
+        "BLOCKSIZE2": blocksize2,
+        "ROW_SCALE": row_scale,
         "BLOCK_M": t.m,
         "BLOCK_N": t.n,
         "BLOCK_K": t.k,
+    }
+
+
+def _launch(t: Tiles) -> dict[str, Any]:
+    return {
         "num_warps": t.num_warps,
         "num_stages": t.num_stages,
         "enable_fp_fusion": False,  # nested scales: ``_block_scale``
     }
 
 
+def _options(weight: NF4Weight, t: Tiles) -> dict[str, Any]:
+    row_scale = weight.shape[1] % weight.blocksize == 0 and weight.blocksize % t.k == 0
+    return _constants(t, weight.blocksize, weight.blocksize2, row_scale) | _launch(t)
+
+
 def _check(weight: NF4Weight) -> None:
     if not supports(weight):
         raise ValueError(f"K must be even, got a weight of shape {weight.shape}")
+
+
+def variants() -> list[Variant]:
+    """By rows and dtype; scales one for each row of a tile, or looked up for each byte."""
+    made = []
+    for kernel in (_nf4_linear_kernel, _nf4_linear_dx_kernel):
+        for M, row_scale in ((16, True), (16, False), (64, True), (64, False)):
+            made.append(_variant(kernel, "bf16", M, row_scale, True, TARGETS[1:]))
+        made += [
+            _variant(kernel, "fp16", 16, True, True, TARGETS[1:], nested=False),
+            _variant(kernel, "fp32", 16, True, False, TARGETS),
+            _variant(kernel, "fp32", 16, False, False, TARGETS),
+            _variant(kernel, "fp16", 16, True, False, TARGETS[:1]),
+        ]
+    return made
+
+
+def _variant(
+    kernel: Any,
+    dtype: str,
+    M: int,
+    row_scale: bool,
+    tensor_cores: bool,
+    targets: tuple[int, ...],
+    nested: bool = True,
+) -> Variant:
+    forward = kernel is _nf4_linear_kernel
+    t = tiles(M, tensor_cores)
+    extras = ("absmax2_ptr", "code2_ptr", "offset_ptr")
+    summed = "k_per_split" if forward else "n_per_split"
+    stride = "stride_xm" if forward else "stride_dym"
+    name = [dtype, f"m{t.m}", "" if nested else "plain", "" if row_scale else "scattered"]
+    return Variant(
+        name="-".join(part for part in name if part),
+        kernel=kernel,
+        signature={
+            "x_ptr" if forward else "dy_ptr": f"*{dtype}",
+            "packed_ptr": "*u8",
+            "absmax_ptr": "*u8" if nested else "*fp32",
+            **(dict.fromkeys(extras, "*fp32") if nested else {}),
+            "code_ptr": "*fp32",
+            **({"bias_ptr": f"*{dtype}"} if forward else {}),
+            "out_ptr": "*fp32",
+            **dict.fromkeys(("M", "N", "K", stride, summed), "i32"),
+        },
+        constexprs=({} if nested else dict.fromkeys(extras)) | _constants(t, 64, 256, row_scale),
+        outputs=t.m * (t.n if forward else t.k),
+        kind="gemm",
+        options=_launch(t),
+        aligned=("N", "K", stride, summed),
+        tensor_cores=tensor_cores,
+        targets=targets,
+    )
