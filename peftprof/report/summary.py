@@ -71,6 +71,9 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
     if record.profiled:
         rows.append(("profiled", _profiled(record)))
     kernels = "" if config["method"] == "full" else f", kernels {config['kernels']}"
+    triton = record.environment.get("kernels", {}).get("triton", {})
+    if config["kernels"] == "triton" and triton.get("interpreted"):
+        kernels += " (interpreted: right numbers, times without meaning)"
     rows.append(
         ("how", f"{config['precision']} on {config['device']}{kernels}, seed {config['seed']}")
     )

@@ -8,6 +8,7 @@ what is saved stay PEFT's, so any adapter trained here loads in stock PEFT.
 |---|---|---|
 | `bnb` | stock bitsandbytes / nn.Linear | stock PEFT |
 | `torch` | NF4 dequantised by `peftprof_kernels`, library GEMM | one autograd op with it |
+| `triton` | NF4 kernels of `peftprof_kernels`, GEMM of the library | the same op, in Triton |
 """
 
 import hashlib
@@ -20,8 +21,11 @@ import torch
 from peftprof.config import RunConfig
 from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
 from peftprof.records import Trainable
+from peftprof.run import crossovers
 from peftprof.run.model import DTYPES, Family, unpacked_size
 from peftprof_kernels import NF4Weight, dequantize, lora_linear, nf4_linear
+
+MAX_TRITON_RANK = 256
 
 
 def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.nn.Module:
@@ -35,6 +39,11 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     from peft import LoraConfig, TaskType, get_peft_model
 
     _check_targets(model, config, family)
+    if config.kernels == "triton" and config.rank > MAX_TRITON_RANK:
+        raise ConfigError(
+            f"--kernels triton takes ranks up to {MAX_TRITON_RANK}, got --rank {config.rank}; use "
+            "--kernels torch"
+        )
     adapted: torch.nn.Module = get_peft_model(
         model,
         LoraConfig(
@@ -48,8 +57,10 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     )
     for module in linear_4bit(adapted):
         _make_faithful(module, config)
-    if config.kernels == "torch":
-        use_torch_kernels(adapted, config)
+    if config.kernels == "triton":
+        crossovers.use_stored(torch.device(config.device))
+    if config.kernels != "bnb":
+        use_our_kernels(adapted, config)
     return adapted
 
 
@@ -135,7 +146,7 @@ def nf4_weight(module: Any) -> NF4Weight:
     )
 
 
-def use_torch_kernels(model: torch.nn.Module, config: RunConfig) -> None:
+def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
     """Give every adapted and every NF4 linear of `model` our forward, in place."""
     import bitsandbytes as bnb
     from peft.tuners.lora.layer import Linear as LoraLinear
@@ -152,7 +163,7 @@ def use_torch_kernels(model: torch.nn.Module, config: RunConfig) -> None:
         layer.forward = types.MethodType(_adapted_forward(layer.forward, base, config), layer)
     for module in linear_4bit(model):
         if module not in inside:
-            module.forward = types.MethodType(_nf4_forward(module), module)
+            module.forward = types.MethodType(_nf4_forward(module, config), module)
 
 
 def _adapted_forward(stock: Any, base: Any, config: RunConfig) -> Any:
@@ -174,16 +185,17 @@ def _adapted_forward(stock: Any, base: Any, config: RunConfig) -> Any:
             p=config.dropout,
             training=layer.training,
             compute_dtype=compute_dtype,
+            backend=config.kernels,
         )
 
     return forward
 
 
-def _nf4_forward(module: Any) -> Any:
+def _nf4_forward(module: Any, config: RunConfig) -> Any:
     weight = nf4_weight(module)
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        return nf4_linear(x, weight, layer.bias, layer.compute_dtype)
+        return nf4_linear(x, weight, layer.bias, layer.compute_dtype, config.kernels)
 
     return forward
 

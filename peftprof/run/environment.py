@@ -4,8 +4,8 @@
 beside a reason, never left out. It holds no path, no host name and no user name.
 """
 
+import dataclasses
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import platform
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import peftprof
-from peftprof.errors import DeviceError
+from peftprof.errors import DeviceError, InputError
+from peftprof.run import crossovers
 from peftprof.run.meters import Absent, open_nvml, rapl_zones
 
 PACKAGES = (
@@ -71,6 +72,7 @@ def describe() -> dict[str, Any]:
         "defaults": {"device": default, "precision": default_precision(default)},
         "precisions": {device: precisions(device) for device in devices},
         "kernels": {"bnb": _bnb(), "torch": _kernel(None, "plain PyTorch"), "triton": _triton()},
+        "crossovers": _crossovers(),
         "nvml": _or_reason(_nvml),
         "rapl": _or_reason(lambda: {"counters": [zone.name for zone in rapl_zones()]}),
         "nsys": _or_reason(_nsys),
@@ -314,13 +316,43 @@ def _kernel(reason: str | None, note: str | None = None) -> dict[str, Any]:
     return {"available": reason is None, "reason": reason, "note": note}
 
 
+def check_triton(device: str) -> None:
+    """Raises DeviceError when the Triton kernels cannot run on `device`."""
+    state = _triton()
+    if not state["available"]:
+        raise DeviceError(
+            f"--kernels triton {state['reason']}; use --kernels torch, or set TRITON_INTERPRET=1 "
+            "for a slow check of the numbers"
+        )
+    if not device.startswith("cuda") and not state["interpreted"]:
+        raise DeviceError(
+            f"--kernels triton needs a GPU and --device is {device}; use --kernels torch, or set "
+            "TRITON_INTERPRET=1 for a slow check of the numbers"
+        )
+
+
 def _triton() -> dict[str, Any]:
-    # The file that holds the first of them; the answer follows the code.
-    if importlib.util.find_spec("peftprof_kernels.nf4_linear") is None:
-        return _kernel("not built yet: this version of peftprof has no Triton kernels")
     if _version("triton") is None:
-        return _kernel("the package triton is not installed")
-    return _kernel(None if _cuda_count() else f"needs a CUDA GPU, and {_no_cuda()}")
+        return _kernel("needs the package triton, which is not installed") | {"interpreted": False}
+    from peftprof_kernels.numerics import INTERPRETED
+
+    if INTERPRETED.value:
+        return _kernel(None, "interpreted: right numbers, no times") | {"interpreted": True}
+    reason = None if _cuda_count() else f"needs a GPU, and {_no_cuda()}"
+    return _kernel(reason) | {"interpreted": False}
+
+
+def _crossovers() -> dict[str, Any]:
+    """By device: the table that decides between the fused NF4 kernels and a library GEMM."""
+    found: dict[str, Any] = {}
+    for index in range(_cuda_count()):
+        try:
+            table = crossovers.stored(torch.device("cuda", index))
+        except InputError as error:
+            found[f"cuda:{index}"] = {"reason": str(error)}
+        else:
+            found[f"cuda:{index}"] = table and [dataclasses.asdict(entry) for entry in table]
+    return found
 
 
 def _bnb() -> dict[str, Any]:

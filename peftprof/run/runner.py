@@ -41,10 +41,7 @@ def resolve(config: RunConfig) -> RunConfig:
         precision = environment.default_precision(device)
     environment.check_precision(precision, device)
     if config.kernels == "triton":
-        raise DeviceError(
-            "--kernels triton is not in this version of peftprof; use --kernels torch, or bnb "
-            "for stock PEFT and bitsandbytes"
-        )
+        environment.check_triton(device)
     kernels = config.kernels
     if kernels == "auto":
         # On a GPU bitsandbytes dequantises in fused kernels; on a CPU ours is right for
