@@ -67,7 +67,7 @@ def down_backward_tiles(rank: int, tensor_cores: bool) -> Tiles:
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
 def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:

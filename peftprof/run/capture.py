@@ -129,9 +129,9 @@ def _nsys_range(trainee: Trainee, _: RunFolder) -> Iterator[Callable[[int], None
     def advance(number: int) -> None:
         if cuda and number == WAIT + WARMUP - 1:
             torch.cuda.synchronize(trainee.device)
-            torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
+            torch.cuda.profiler.start()
 
     yield advance
     if cuda:
         torch.cuda.synchronize(trainee.device)
-        torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
+        torch.cuda.profiler.stop()

@@ -188,7 +188,7 @@ def _cpu_has_bf16() -> bool:
         # oneDNN's own answer is yes from AVX512BW on, where it computes in fp32 and rounds.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
@@ -258,7 +258,7 @@ def _no_cuda() -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every GPU"
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     except RuntimeError as error:
         return _one_line(error)
     return "torch sees no GPU"

@@ -59,7 +59,7 @@ class Trainee:
                 with annotate.op("loss"):
                     loss = cross_entropy(logits.float(), batch.labels)
             with annotate.phase("backward"):
-                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss).backward()
             with annotate.phase("optimizer"):
                 self._update(number)
         return loss.detach(), batch

@@ -273,7 +273,7 @@ class StepClock:
     def _now(self) -> Any:
         if self._cuda is None:
             return self._clock()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._cuda))
         return event
 
