@@ -7,6 +7,7 @@ from peftprof_kernels.reference import (
     lora_linear_backward_reference,
     lora_linear_reference,
     nf4_linear_reference,
+    philox_mask,
 )
 from tests.kernels.nf4_weights import random_weight
 from tests.tolerances import GEMM, relative_error
@@ -47,3 +48,12 @@ def test_without_an_adapter_it_is_a_linear_layer() -> None:
     assert relative_error(nf4_linear_reference(x, weight, bias), expected) < GEMM[torch.float32]
     without = nf4_linear_reference(x, weight, None)
     assert relative_error(without + bias, expected) < GEMM[torch.float32]
+
+
+def test_philox_gives_its_published_words() -> None:
+    # Random123's known answers: philox4x32, 7 rounds, counter and key zero.
+    words = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    for element, half in enumerate(halves):
+        assert philox_mask((1, 8), half + 1, 0)[0, element]
+        assert not philox_mask((1, 8), half, 0)[0, element]
