@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peftprof_kernels import NF4Weight, block_scales, dequantize, nf4
 from peftprof_kernels.reference import dequantize_reference
-from tests.kernels.nf4_weights import from_quant_state, random_weight
+from tests.kernels.nf4_weights import DEVICE, from_quant_state, random_weight
 from tests.tolerances import NF4_HALF_GAP
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,7 +70,7 @@ def test_chunks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch, K: int, thr
 )
 def test_the_reference_agrees_with_one_element_at_a_time(weight: NF4Weight) -> None:
     N, K = weight.shape
-    packed, code = weight.packed.tolist(), weight.code.numpy()
+    packed, code = weight.packed.tolist(), weight.code.cpu().numpy()
     expected = np.empty((N, K), dtype=np.float32)
     for n in range(N):
         for k in range(K):
@@ -78,15 +78,19 @@ def test_the_reference_agrees_with_one_element_at_a_time(weight: NF4Weight) -> N
             byte = packed[element // 2]
             nibble = byte // 16 if element % 2 == 0 else byte % 16
             expected[n, k] = code[nibble] * _scale(weight, element // weight.blocksize)
-    np.testing.assert_array_equal(dequantize_reference(weight, torch.float32).numpy(), expected)
+    np.testing.assert_array_equal(
+        dequantize_reference(weight, torch.float32).cpu().numpy(), expected
+    )
 
 
 def _scale(weight: NF4Weight, block: int) -> np.float32:
-    stored = weight.absmax.numpy()[block]
+    stored = weight.absmax.cpu().numpy()[block]
     if weight.absmax2 is None or weight.code2 is None or weight.offset is None:
         return np.float32(stored)
-    product = np.float32(weight.code2.numpy()[stored] * weight.absmax2.numpy()[block // 256])
-    return np.float32(product + weight.offset.numpy()[()])
+    product = np.float32(
+        weight.code2.cpu().numpy()[stored] * weight.absmax2.cpu().numpy()[block // 256]
+    )
+    return np.float32(product + weight.offset.cpu().numpy()[()])
 
 
 def test_nested_scales_cross_their_own_blocks() -> None:
@@ -176,6 +180,6 @@ def test_dequantizes_to_floats_only() -> None:
 
 
 def test_the_packed_bytes_are_shared_not_copied() -> None:
-    packed = torch.zeros(128, 1, dtype=torch.uint8)
+    packed = torch.zeros(128, 1, dtype=torch.uint8, device=DEVICE)
     weight = replace(random_weight(4, 64), packed=packed)
     assert weight.packed.data_ptr() == packed.data_ptr()
