@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peftprof_kernels import ops as _registered  # noqa: F401  defines torch.ops.peftprof
-from peftprof_kernels.dropout import kept_draws
 from peftprof_kernels.nf4 import NF4Weight
 from peftprof_kernels.spans import BASE_GEMM, LORA_A, LORA_DA, LORA_DB, LORA_DX, span
 
@@ -119,7 +118,7 @@ class TorchBackend:
 
 
 class TritonBackend:
-    """Triton kernels that read each large tensor once; bf16, fp16 and fp32."""
+    """Triton kernels that pass once over each large tensor; bf16, fp16 and fp32."""
 
     name = "triton"
 
@@ -141,7 +140,7 @@ class TritonBackend:
     def up_backward(
         self, dy: Tensor, B: Tensor, S: Tensor | None, alpha: float, need_dS: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """One read of dy for both."""
+        """One read of dy for both up to rank 32, a GEMM each above."""
         with span(LORA_DB):
             dS, dB = _ops.lora_up_backward(dy, B.contiguous(), S, alpha, need_dS)
         return dS if need_dS else None, None if S is None else dB
@@ -219,11 +218,6 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, backend: str = "torch") ->
     return dense
 
 
-def drops(p: float) -> bool:
-    """Whether p is more than the masks' resolution of 2^-16 away from nothing."""
-    return kept_draws(p) < 2**16
-
-
 def _interpreted() -> bool:
     from peftprof_kernels.numerics import INTERPRETED
 
@@ -231,7 +225,7 @@ def _interpreted() -> bool:
 
 
 def _mask(M: int, K: int, p: float, seed: Tensor, like: Tensor) -> Tensor:
-    mask: Tensor = _ops.dropout_mask(M, K, p, seed, like)
+    mask: Tensor = _ops.dropout_mask(like, M, K, p, seed)
     return mask
 
 

@@ -29,7 +29,7 @@ from peftprof_kernels.variant import Variant
 # The files with kernels, each with a function ``variants()``. Imported when asked for: a
 # kernel file knows its variants, and this one has to know no kernel.
 MODULES: Final = (
-    "peftprof_kernels.dequantize",
+    "peftprof_kernels.nf4_dequantize",
     "peftprof_kernels.nf4_linear_kernels",
     "peftprof_kernels.lora_variants",
 )

@@ -1,5 +1,6 @@
 """What a launcher asks a device; nothing here runs at import."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -33,6 +34,13 @@ def split(size: int, block: int, programs: int, device: torch.device) -> tuple[i
     ``programs`` is the grid without the cut; more parts than fill the device gain nothing.
     """
     blocks = -(-size // block)
-    wanted = max(1, min(blocks, wanted_programs(device) // programs))
-    part = -(-blocks // wanted) * block
+    wanted = min(blocks, -(-wanted_programs(device) // max(programs, 1)))
+    part = -(-blocks // max(wanted, 1)) * block
     return -(-size // part), part
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes ``device`` the current one: Triton launches there, wherever its arguments lie."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

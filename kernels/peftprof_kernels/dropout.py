@@ -30,6 +30,11 @@ def kept_draws(p: float) -> int:
     return round((1.0 - p) * 2**16)
 
 
+def rounded(p: float) -> float:
+    """The probability that masks of p really have, a multiple of 2^-16."""
+    return 1.0 - kept_draws(p) / 2**16
+
+
 def dropout_mask(
     shape: tuple[int, int], p: float, seed: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -10,7 +10,8 @@ and ``_lora_sum_kernel`` adds the parts in a fixed order, so results repeat bit 
 
 r is padded to R, a power of two of at least 16, because tensor cores take no less. Numbers
 that change from call to call or layer to layer (alpha, p, sizes) are run-time arguments:
-as constants each value would compile anew.
+as constants each value would compile anew. r is a constant, for a model has one or two,
+and rows of 8 are read 128 bits at a time only where the compiler knows that they are 8.
 """
 
 import triton
@@ -28,10 +29,10 @@ def _lora_down_kernel(
     out_ptr,  # S [M, r], or fp32 parts [splits, M, r]
     M,
     K,
-    r,
     stride_xm,
     k_per_split,  # a multiple of BLOCK_K
     kept,
+    r: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,10 +73,10 @@ def _lora_up_backward_kernel(
     dB_ptr,  # fp32 parts [blocks of M, N, r]; None: no dB
     M,
     N,
-    r,
     stride_dym,
-    stride_sm,
     n_per_split,  # a multiple of BLOCK_N
+    r: tl.constexpr,
+    stride_sm: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,11 +124,11 @@ def _lora_down_backward_kernel(
     dx_ptr,  # [M, K], contiguous: added to in place; None: no dX
     M,
     K,
-    r,
     stride_xm,
     m_per_split,  # a multiple of BLOCK_M
     alpha,
     kept,
+    r: tl.constexpr,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,

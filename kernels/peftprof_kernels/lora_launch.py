@@ -20,7 +20,8 @@ from peftprof_kernels.lora_kernels import (
     _lora_up_backward_kernel,
 )
 
-MAX_RANK: Final = 256
+# The most of r that one launch takes; more goes in pieces.
+_MOST: Final = 256
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def down_tiles(rank: int, tensor_cores: bool) -> Tiles:
     """Tiles [rows, K columns] of the product X A^T."""
     if not tensor_cores:
         return Tiles(_padded(min(rank, 32)), 32, 32, 4, 2)
-    R = _padded(rank)
+    R = _padded(min(rank, _MOST))
     return Tiles(R, 64, 64 if R <= 64 else 32, 8, 3)
 
 
@@ -61,8 +62,8 @@ def up_backward_tiles(rank: int, tensor_cores: bool) -> Tiles | None:
 def down_backward_tiles(rank: int, tensor_cores: bool) -> Tiles:
     """Tiles [rows, K columns] of dA and dX."""
     if not tensor_cores:
-        return Tiles(_padded(min(rank, 32)), 32, 32, 8, 2)
-    R = _padded(rank)
+        return Tiles(_padded(min(rank, 32)), 16, 32, 8, 2)
+    R = _padded(min(rank, _MOST))
     return Tiles(R, 32, 64, 8, 2) if R <= 128 else Tiles(R, 64, 32, 8, 2)
 
 
@@ -76,7 +77,6 @@ def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
     x [M, K] with unit column stride, A [r, K] contiguous, seed int64 [] or None for p = 0.
     """
     (M, K), r = x.shape, A.shape[0]
-    _check_rank(r)
     tiles = down_tiles(r, has_tensor_cores(x.device, x.dtype))
     if r > tiles.rank:
         parts = [lora_down(x, part, seed, p) for part in A.split(tiles.rank)]
@@ -92,10 +92,10 @@ def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
         out,
         M,
         K,
-        r,
         x.stride(0),
         k_per_split,
         kept_draws(p),
+        r=r,
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_K=tiles.columns,
@@ -113,7 +113,6 @@ def lora_up_backward(
     asked for: dS where ``need_dS``, dB where S is given.
     """
     (M, N), r = dy.shape, B.shape[1]
-    _check_rank(r)
     tiles = up_backward_tiles(r, has_tensor_cores(dy.device, dy.dtype))
     if tiles is None or S is None or not need_dS:  # one product alone: nothing is shared
         dS = dy @ B.to(dy.dtype) if need_dS else None
@@ -130,10 +129,10 @@ def lora_up_backward(
         dB_parts,
         M,
         N,
-        r,
         dy.stride(0),
-        S.stride(0),
         n_per_split,
+        r=r,
+        stride_sm=S.stride(0),
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
@@ -158,7 +157,8 @@ def lora_down_backward(
     are contiguous, dx None for no dX; seed int64 [] or None for p = 0.
     """
     M, (r, K) = dS.shape[0], A.shape
-    _check_rank(r)
+    if dx is not None and not dx.is_contiguous():
+        raise ValueError(f"dx must be contiguous, got strides {dx.stride()}")
     tiles = down_backward_tiles(r, has_tensor_cores(dS.device, dS.dtype))
     if r > tiles.rank:
         pairs = zip(dS.split(tiles.rank, dim=1), A.split(tiles.rank), strict=True)
@@ -176,11 +176,11 @@ def lora_down_backward(
         dx,
         M,
         K,
-        r,
         0 if x is None else x.stride(0),
         m_per_split,
         float(alpha),
         kept_draws(p),
+        r=r,
         R=tiles.rank,
         BLOCK_M=tiles.rows,
         BLOCK_K=tiles.columns,
@@ -225,8 +225,3 @@ def launch_options(tiles: Tiles) -> dict[str, Any]:
         "num_stages": tiles.num_stages,
         "enable_fp_fusion": True,
     }
-
-
-def _check_rank(r: int) -> None:
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"the rank must be 1 to {MAX_RANK}, got {r}")

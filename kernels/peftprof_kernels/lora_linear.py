@@ -25,10 +25,9 @@ from peftprof_kernels.backends import (
     Base,
     base_backward,
     base_forward,
-    drops,
     get_backend,
 )
-from peftprof_kernels.dropout import draw_seed
+from peftprof_kernels.dropout import draw_seed, rounded
 from peftprof_kernels.nf4 import NF4Weight
 from peftprof_kernels.spans import LORA_B, span
 
@@ -63,7 +62,7 @@ class _NF4Linear(torch.autograd.Function):
         with _no_autocast(x.device):
             x2d = plan.backend.flat(x, plan.compute_dtype)
             y = base_forward(x2d, plan.base(0, None), bias, plan.backend)
-            return y.to(plan.out_dtype).view(*x.shape[:-1], y.shape[1])
+            return _shaped(y.to(plan.out_dtype), x.shape)
 
     @staticmethod
     @once_differentiable
@@ -109,9 +108,7 @@ class _LoraLinears(torch.autograd.Function):
                 ys.append(base_forward(x2d, plan.base(i, dense), bias, plan.backend))
             S = plan.backend.down(x2d, _stacked(As), seed, plan.p)  # [M, sum of ranks]
             with span(LORA_B):
-                for y, B, part, alpha in zip(
-                    ys, Bs, S.split(ranks, dim=1), plan.alphas, strict=True
-                ):
+                for y, B, part, alpha in zip(ys, Bs, _split(S, ranks, 1), plan.alphas, strict=True):
                     assert B is not None
                     # Onto the fresh Y, so that the sum is no pass of its own. With out= and
                     # not addmm_, whose FLOPs torch's counter does not know.
@@ -130,7 +127,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.plan, ctx.x_shape, ctx.x_dtype, ctx.ranks = plan, x.shape, x.dtype, ranks
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
-        return tuple(y.to(plan.out_dtype).view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(_shaped(y.to(plan.out_dtype), x.shape) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -141,7 +138,7 @@ class _LoraLinears(torch.autograd.Function):
         need_B, need_bias = _needs(ctx, _B), _needs(ctx, _BIAS)
         seed, x2d, S, *saved = ctx.saved_tensors
         As, Bs, denses = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        Ss = [None] * count if S is None else S.split(ctx.ranks, dim=1)
+        Ss = [None] * count if S is None else _split(S, ctx.ranks, 1)
         need_dS = need_x or any(need_A)
         dx: Tensor | None = None
         dSs: list[Tensor | None] = [None] * count
@@ -165,17 +162,18 @@ class _LoraLinears(torch.autograd.Function):
                     through = base_backward(dy2d, plan.base(i, denses[i]), plan.backend)
                     dx = through if dx is None else dx.add_(through)
             if need_dS:
+                unit = max(plan.alphas, key=abs) or 1.0
                 dA = plan.backend.down_backward(
                     x2d if any(need_A) else None,
-                    _beside(dSs, ctx.ranks, plan.alphas),
+                    _beside(dSs, ctx.ranks, plan.alphas, unit),
                     _stacked(As),
                     dx,
                     seed,
                     plan.p,
-                    plan.alphas[0],
+                    unit if count > 1 else plan.alphas[0],
                 )
         if dA is not None:
-            for i, part in enumerate(dA.split(ctx.ranks)):
+            for i, part in enumerate(_split(dA, ctx.ranks, 0)):
                 if need_A[i]:
                     grads[_EACH * i + _A] = part.to(As[i].dtype)
         if dx is not None:
@@ -183,9 +181,22 @@ class _LoraLinears(torch.autograd.Function):
         return (dx, None, None, *grads)
 
 
+def _shaped(y: Tensor, like: torch.Size) -> Tensor:
+    """y [M, N] as [..., N]. Not a view to autograd, so that `y += 1` works as on a Linear's."""
+    if len(like) == 2:
+        return y
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*like[:-1], y.shape[1]])
+    return shaped
+
+
 def _needs(ctx: Any, which: int) -> tuple[bool, ...]:
     """Whether a gradient is wanted for A, B or the bias of each layer."""
     return tuple(ctx.needs_input_grad[3 + which :: _EACH])
+
+
+def _split(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    # Tensor.split takes 7 microseconds even where there is one piece, the usual case.
+    return (tensor,) if len(sizes) == 1 else tensor.split(sizes, dim=dim)
 
 
 def _stacked(As: Sequence[Tensor | None]) -> Tensor:
@@ -193,8 +204,10 @@ def _stacked(As: Sequence[Tensor | None]) -> Tensor:
     return given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _beside(dSs: Sequence[Tensor | None], ranks: Sequence[int], alphas: Sequence[float]) -> Tensor:
-    """The dS of all layers [M, sum of ranks], in units of the first layer's alpha."""
+def _beside(
+    dSs: Sequence[Tensor | None], ranks: Sequence[int], alphas: Sequence[float], unit: float
+) -> Tensor:
+    """The dS of all layers [M, sum of ranks], in units of ``unit``, the largest alpha."""
     if len(dSs) == 1:
         assert dSs[0] is not None
         return dSs[0]
@@ -203,8 +216,8 @@ def _beside(dSs: Sequence[Tensor | None], ranks: Sequence[int], alphas: Sequence
     for dS, rank, alpha in zip(dSs, ranks, alphas, strict=True):
         if dS is None:
             dS = known.new_zeros(known.shape[0], rank)
-        elif alpha != alphas[0]:
-            dS = dS * (alpha / alphas[0])
+        elif alpha != unit:
+            dS = dS * (alpha / unit)
         parts.append(dS)
     return torch.cat(parts, dim=1)
 
@@ -243,16 +256,16 @@ def lora_linear(
 
     base     the frozen weight W [N, K]: dense, or NF4 and then dequantised in passing
     A, B     [r, K] and [N, r], in any dtype; their gradients come back in it
-    p        dropout's probability, in force only while ``training``
-    backend  "torch": library GEMMs; "triton": bf16, fp16 and fp32 on a GPU, r up to 256
+    p        dropout's probability, to a multiple of 2^-16; in force only while ``training``
+    backend  "torch": library GEMMs; "triton": bf16, fp16 and fp32 on a GPU
 
     All products are made in ``compute_dtype`` (x's dtype if None), also under autocast.
     The result is in the dtype the stock layer gives: x's over an NF4 base (bitsandbytes
     casts back), the compute dtype over a dense one.
 
-    Raises ValueError for shapes that do not fit, a p that is no probability and an unknown
-    backend, TypeError for a dtype the backend does not compute in, RuntimeError where
-    Triton cannot run.
+    Raises ValueError for shapes that do not fit, tensors on several devices, a p that is no
+    probability and an unknown backend, TypeError for a dtype the backend does not compute
+    in, RuntimeError where Triton cannot run.
     """
     (y,) = lora_linear_group(
         x, [base], [bias], [A], [B], [scaling], p, training, compute_dtype, backend
@@ -283,12 +296,14 @@ def lora_linear_group(
     for base, bias, A, B in zip(bases, biases, As, Bs, strict=True):
         _check_input(x, base, bias)
         _check_adapter(base, A, B, p)
+        _check_device(x, "A", A.device)
+        _check_device(x, "B", B.device)
     nf4 = tuple(base if isinstance(base, NF4Weight) else None for base in bases)
     if len({weight is None for weight in nf4}) != 1:
         raise ValueError("bases must be all dense or all NF4")
     compute_dtype = compute_dtype or x.dtype
     who = get_backend(backend, x, compute_dtype)
-    p = p if training and drops(p) else 0.0
+    p = rounded(p) if training else 0.0
     plan = _Plan(
         compute_dtype=compute_dtype,
         out_dtype=compute_dtype if nf4[0] is None else x.dtype,
@@ -321,6 +336,14 @@ def _check_input(x: Tensor, base: Base, bias: Tensor | None) -> None:
         raise ValueError("base must be frozen: it requires a gradient, and none is computed")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be [{N}], got {(*bias.shape,)}")
+    _check_device(x, "base", base.device)
+    if bias is not None:
+        _check_device(x, "bias", bias.device)
+
+
+def _check_device(x: Tensor, name: str, device: torch.device) -> None:
+    if device != x.device:
+        raise ValueError(f"{name} is on {device}, x is on {x.device}")
 
 
 def _check_adapter(base: Base, A: Tensor, B: Tensor, p: float) -> None:

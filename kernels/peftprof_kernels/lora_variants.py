@@ -20,7 +20,7 @@ from peftprof_kernels.lora_launch import (
 from peftprof_kernels.variant import TARGETS, Variant
 
 # dtype, rank: every tile once for tensor cores, and what differs by dtype once.
-_TENSOR_CORES: Final = [("bf16", rank) for rank in (16, 32, 64, 128, 256)] + [("fp16", 16)]
+_TENSOR_CORES: Final = [("bf16", rank) for rank in (8, 16, 32, 64, 128, 256)] + [("fp16", 16)]
 _FMA: Final = [("fp32", 16), ("fp32", 32)]
 # Scalar code, which is all that Triton makes for sm_75.
 _TURING: Final = [("fp16", 16), ("fp16", 32)]
@@ -35,11 +35,11 @@ def variants() -> list[Variant]:
             made.append(_down_backward(dtype, rank, tensor_cores, targets, dropout))
         tiles = up_backward_tiles(rank, tensor_cores)
         if tiles is not None:
-            made.append(_up_backward(dtype, tiles, tensor_cores, targets))
+            made.append(_up_backward(dtype, rank, tiles, tensor_cores, targets))
     bf16 = ("bf16", 16, True, TARGETS[1:])
     made += [
         _down(*bf16, dropout=True, aligned=False),
-        _down_backward(*bf16, dropout=True, aligned=False),
+        *(_down_backward("bf16", rank, True, TARGETS[1:], True, False) for rank in (16, 256)),
         _down_backward(*bf16, dropout=True, dx=False),
         _down_backward(*bf16, dropout=True, dA=False),
     ]
@@ -65,17 +65,18 @@ def _down(
 ) -> Variant:
     tiles = down_tiles(rank, tensor_cores)
     return Variant(
-        name=_name(dtype, tiles, tensor_cores, "dropout" * dropout, "odd" * (not aligned)),
+        name=_name(dtype, rank, tensor_cores, "dropout" * dropout, "odd" * (not aligned)),
         kernel=_lora_down_kernel,
         signature={
             "x_ptr": f"*{dtype}",
             "A_ptr": "*fp32",
             **({"seed_ptr": "*i64"} if dropout else {}),
             "out_ptr": "*fp32",
-            **dict.fromkeys(("M", "K", "r", "stride_xm", "k_per_split", "kept"), "i32"),
+            **dict.fromkeys(("M", "K", "stride_xm", "k_per_split", "kept"), "i32"),
         },
         constexprs={
             **({} if dropout else {"seed_ptr": None}),
+            "r": rank,
             "R": tiles.rank,
             "BLOCK_M": tiles.rows,
             "BLOCK_K": tiles.columns,
@@ -83,15 +84,17 @@ def _down(
         outputs=tiles.rows * tiles.rank,
         kind="gemm",
         options=launch_options(tiles),
-        aligned=("K", "r", "stride_xm", "k_per_split") if aligned else ("k_per_split",),
+        aligned=("K", "stride_xm", "k_per_split") if aligned else ("k_per_split",),
         tensor_cores=tensor_cores,
         targets=targets,
     )
 
 
-def _up_backward(dtype: str, tiles: Tiles, tensor_cores: bool, targets: tuple[int, ...]) -> Variant:
+def _up_backward(
+    dtype: str, rank: int, tiles: Tiles, tensor_cores: bool, targets: tuple[int, ...]
+) -> Variant:
     return Variant(
-        name=_name(dtype, tiles, tensor_cores),
+        name=_name(dtype, rank, tensor_cores),
         kernel=_lora_up_backward_kernel,
         signature={
             "dy_ptr": f"*{dtype}",
@@ -99,13 +102,19 @@ def _up_backward(dtype: str, tiles: Tiles, tensor_cores: bool, targets: tuple[in
             "S_ptr": f"*{dtype}",
             "dS_ptr": "*fp32",
             "dB_ptr": "*fp32",
-            **dict.fromkeys(("M", "N", "r", "stride_dym", "stride_sm", "n_per_split"), "i32"),
+            **dict.fromkeys(("M", "N", "stride_dym", "n_per_split"), "i32"),
         },
-        constexprs={"R": tiles.rank, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns},
+        constexprs={
+            "r": rank,
+            "stride_sm": rank,
+            "R": tiles.rank,
+            "BLOCK_M": tiles.rows,
+            "BLOCK_N": tiles.columns,
+        },
         outputs=tiles.rank * (tiles.rows + tiles.columns),
         kind="gemm",
         options=launch_options(tiles),
-        aligned=("N", "r", "stride_dym", "stride_sm", "n_per_split"),
+        aligned=("N", "stride_dym", "n_per_split"),
         tensor_cores=tensor_cores,
         targets=targets,
     )
@@ -131,9 +140,9 @@ def _down_backward(
         "dx_ptr": f"*{dtype}" if dx else None,
     }
     parts = ("dropout" * dropout, "odd" * (not aligned), "no-dA" * (not dA), "no-dX" * (not dx))
-    sizes = ("M", "K", "r", "stride_xm", "m_per_split", "kept")
+    sizes = ("M", "K", "stride_xm", "m_per_split", "kept")
     return Variant(
-        name=_name(dtype, tiles, tensor_cores, *parts),
+        name=_name(dtype, rank, tensor_cores, *parts),
         kernel=_lora_down_backward_kernel,
         signature={
             **{name: type_ for name, type_ in pointers.items() if type_},
@@ -142,6 +151,7 @@ def _down_backward(
         },
         constexprs={
             **{name: None for name, type_ in pointers.items() if not type_},
+            "r": rank,
             "R": tiles.rank,
             "BLOCK_M": tiles.rows,
             "BLOCK_K": tiles.columns,
@@ -149,7 +159,7 @@ def _down_backward(
         outputs=tiles.columns * (tiles.rank * dA + tiles.rows * dx),
         kind="gemm",
         options=launch_options(tiles),
-        aligned=("K", "r", "stride_xm", "m_per_split") if aligned else ("m_per_split",),
+        aligned=("K", "stride_xm", "m_per_split") if aligned else ("m_per_split",),
         tensor_cores=tensor_cores,
         targets=targets,
     )
@@ -174,6 +184,6 @@ def _sum(dtype: str, bias: bool) -> Variant:
     )
 
 
-def _name(dtype: str, tiles: Tiles, tensor_cores: bool, *parts: str) -> str:
+def _name(dtype: str, rank: int, tensor_cores: bool, *parts: str) -> str:
     scalar = "" if tensor_cores or dtype == "fp32" else "scalar"
-    return "-".join(part for part in (dtype, f"r{tiles.rank}", scalar, *parts) if part)
+    return "-".join(part for part in (dtype, f"r{rank}", scalar, *parts) if part)

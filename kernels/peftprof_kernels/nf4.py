@@ -54,6 +54,10 @@ class NF4Weight:
         packed = self.packed.detach().reshape(-1).view(torch.uint8)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+        for name in ("absmax", "code", "absmax2", "code2", "offset"):
+            tensor = getattr(self, name)
+            if tensor is not None:  # kernels read them as they lie in memory
+                object.__setattr__(self, name, tensor.detach().contiguous())
         self._check_codes()
         self._check_scales()
         code = self.code.detach()

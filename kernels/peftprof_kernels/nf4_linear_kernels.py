@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftprof_kernels.dequantize import _block_scale, scale_pointers
 from peftprof_kernels.device import has_tensor_cores, split
 from peftprof_kernels.lora_launch import sum_parts
 from peftprof_kernels.nf4 import NF4Weight
+from peftprof_kernels.nf4_dequantize import _block_scale, scale_pointers
 from peftprof_kernels.numerics import dot, round_to
 from peftprof_kernels.variant import TARGETS, Variant
 
@@ -225,6 +225,7 @@ def nf4_linear_forward(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Ten
     t = tiles(M, has_tensor_cores(x.device, x.dtype))
     grid = triton.cdiv(N, t.n), triton.cdiv(M, t.m)
     splits, k_per_split = split(K, t.k, grid[0] * grid[1], x.device)
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     out = y if splits == 1 else y.new_empty(splits, M, N, dtype=torch.float32)
     _nf4_linear_kernel[(*grid, splits)](

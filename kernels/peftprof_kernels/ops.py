@@ -11,6 +11,7 @@ models wait for the host. Triton is imported when it is first used, so that the 
 where it does not exist.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from peftprof_kernels import dropout
-from peftprof_kernels.crossover import lookup
+from peftprof_kernels.crossover import DEFAULT_MAX_M, lookup
+from peftprof_kernels.device import current, has_tensor_cores
 from peftprof_kernels.nf4 import NF4Weight, dequantize_torch
 from peftprof_kernels.spans import BASE_GEMM, DEQUANT, span
 
@@ -29,10 +31,24 @@ _library: Final = torch.library.Library("peftprof", "DEF")
 def _register(schema: str, implementation: Any, fake: Any, flops: Any = None) -> None:
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, _where_they_lie(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftprof::{name}", fake, lib=_library)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.peftprof, name))(flops)
+
+
+def _where_they_lie(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation on its tensors' device, which need not be the current one."""
+
+    def run(*arguments: Any) -> Any:
+        for argument in arguments:
+            first = argument[0] if isinstance(argument, list) else argument
+            if isinstance(first, Tensor):
+                with current(first.device):
+                    return implementation(*arguments)
+        raise AssertionError("an operator without tensors")
+
+    return run
 
 
 def _nf4_dequantize(
@@ -45,7 +61,7 @@ def _dequantized(weight: NF4Weight, dtype: torch.dtype, backend: str) -> Tensor:
     with span(DEQUANT):
         if backend == "torch":
             return dequantize_torch(weight, dtype)
-        from peftprof_kernels.dequantize import dequantize_triton
+        from peftprof_kernels.nf4_dequantize import dequantize_triton
 
         return dequantize_triton(weight, dtype)
 
@@ -63,12 +79,17 @@ _register(
 )
 
 
+def _most_rows(x: Tensor, measured: int) -> int:
+    # Measured in half precision; scalar code loses to a library GEMM earlier.
+    return measured if has_tensor_cores(x.device, x.dtype) else min(measured, DEFAULT_MAX_M)
+
+
 def _nf4_linear(
     x: Tensor, weight: list[Tensor], layout: list[int], bias: Tensor | None, backend: str
 ) -> Tensor:
     """X W^T + bias, [M, K] -> [M, N] in x's dtype; W is rounded to it."""
     nf4 = NF4Weight.rebuilt(weight, layout)
-    if backend == "triton" and x.shape[0] <= lookup(*nf4.shape).forward_max_m:
+    if backend == "triton" and x.shape[0] <= _most_rows(x, lookup(*nf4.shape).forward_max_m):
         from peftprof_kernels import nf4_linear_kernels
 
         if nf4_linear_kernels.supports(nf4):
@@ -102,7 +123,7 @@ _register(
 def _nf4_linear_dx(dy: Tensor, weight: list[Tensor], layout: list[int], backend: str) -> Tensor:
     """dY W, [M, N] -> [M, K] in dy's dtype."""
     nf4 = NF4Weight.rebuilt(weight, layout)
-    if backend == "triton" and dy.shape[0] <= lookup(*nf4.shape).dx_max_m:
+    if backend == "triton" and dy.shape[0] <= _most_rows(dy, lookup(*nf4.shape).dx_max_m):
         from peftprof_kernels import nf4_linear_kernels
 
         if nf4_linear_kernels.supports(nf4):
@@ -127,15 +148,15 @@ _register(
 )
 
 
-def _dropout_mask(M: int, K: int, p: float, seed: Tensor, like: Tensor) -> Tensor:
+def _dropout_mask(like: Tensor, M: int, K: int, p: float, seed: Tensor) -> Tensor:
     """The keep mask [M, K] of the torch backend, in like's dtype and on its device."""
     return dropout.dropout_mask((M, K), p, seed, like.dtype, like.device)
 
 
 _register(
-    "dropout_mask(SymInt M, SymInt K, float p, Tensor seed, Tensor like) -> Tensor",
+    "dropout_mask(Tensor like, SymInt M, SymInt K, float p, Tensor seed) -> Tensor",
     _dropout_mask,
-    lambda M, K, p, seed, like: like.new_empty(M, K),
+    lambda like, M, K, p, seed: like.new_empty(M, K),
 )
 
 

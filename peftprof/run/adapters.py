@@ -25,8 +25,6 @@ from peftprof.run import crossovers
 from peftprof.run.model import DTYPES, Family, unpacked_size
 from peftprof_kernels import NF4Weight, dequantize, lora_linear, nf4_linear
 
-MAX_TRITON_RANK = 256
-
 
 def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.nn.Module:
     """`model` ready to train by `config.method`: everything, or a PEFT adapter and the head.
@@ -39,11 +37,6 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     from peft import LoraConfig, TaskType, get_peft_model
 
     _check_targets(model, config, family)
-    if config.kernels == "triton" and config.rank > MAX_TRITON_RANK:
-        raise ConfigError(
-            f"--kernels triton takes ranks up to {MAX_TRITON_RANK}, got --rank {config.rank}; use "
-            "--kernels torch"
-        )
     adapted: torch.nn.Module = get_peft_model(
         model,
         LoraConfig(

@@ -188,8 +188,7 @@ def _cpu_has_bf16() -> bool:
         # oneDNN's own answer is yes from AVX512BW on, where it computes in fp32 and rounds.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

@@ -37,7 +37,7 @@ def _calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, dy, A, B = _normal(M, K), _normal(M, N), _normal(R, K), _normal(N, R)
     S, dS, seed = _normal(M, R), _normal(M, R), torch.tensor(5, device=DEVICE)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "mask": (ops.dropout_mask, (M, K, 0.3, torch.tensor(5), x)),
+        "mask": (ops.dropout_mask, (x, M, K, 0.3, torch.tensor(5))),
         "down": (ops.lora_down, (x, A, None, 0.0)),
         "down-dropout": (ops.lora_down, (x, A, seed, 0.3)),
         "up": (ops.lora_up_backward, (dy, B, S, 0.5, True)),

@@ -1,5 +1,7 @@
 """The Triton kernels one by one against float64; interpreted where there is no GPU."""
 
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftprof_kernels import NF4Weight, nf4
-from peftprof_kernels.dequantize import dequantize_triton
 from peftprof_kernels.device import split
 from peftprof_kernels.dropout import kept_draws
 from peftprof_kernels.lora_launch import lora_down, lora_down_backward, lora_up_backward
+from peftprof_kernels.nf4_dequantize import dequantize_triton
 from peftprof_kernels.nf4_linear_kernels import nf4_linear_dx, nf4_linear_forward
 from peftprof_kernels.reference import dequantize_reference, philox_mask
 from tests.kernels.nf4_weights import DEVICE, random_weight
@@ -191,6 +193,22 @@ def _close(
     worst = max(actual.dtype, dtype or actual.dtype, key=lambda t: torch.finfo(t).eps)
     limit = GEMM[worst] * (3 if actual.numel() < 64 else 1)
     assert relative_error(actual, truth, squares) < limit, name
+
+
+def test_a_dx_that_is_no_plain_matrix_is_refused() -> None:
+    dS, A = torch.ones(5, 2, device=DEVICE), torch.ones(2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"dx must be contiguous, got strides \(1, 5\)"):
+        lora_down_backward(None, dS, A, torch.ones(8, 5, device=DEVICE).t(), None, 0.0, 1.0)
+
+
+def test_using_a_kernel_hides_no_function() -> None:
+    # A file named as a function would take its place in the package once imported.
+    import peftprof_kernels
+
+    weight = random_weight(4, 64)
+    peftprof_kernels.dequantize(weight, torch.float32, "triton")
+    for name in peftprof_kernels.__all__:
+        assert not isinstance(getattr(peftprof_kernels, name), types.ModuleType), name
 
 
 def test_only_what_is_asked_for_is_made() -> None:
