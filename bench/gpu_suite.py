@@ -81,11 +81,11 @@ def plan(work: Path, rehearse: bool) -> list[Part]:
     inputs = [python, "-m", "bench.suite_inputs", str(work / "inputs")]
     parts = [
         # They take the GPU where there is one, and those that need it are skipped elsewhere.
-        Part("kernel tests", [*pytest, "-m", "not slow", tests], 110, interpret, sums_up=True),
+        Part("kernel tests", [*pytest, "-m", "not slow", tests], 160, interpret, sums_up=True),
     ]
     parts += [
         Part(name, [python, "-m", f"bench.{name}", *measuring], weight)
-        for name, weight in zip(BENCHMARKS, (40, 70, 70), strict=True)
+        for name, weight in zip(BENCHMARKS, (40, 60, 70), strict=True)
     ]
     if not rehearse:
         parts.append(Part("crossover", [python, "-m", "bench.crossover", *measuring], 80))

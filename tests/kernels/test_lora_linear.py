@@ -15,13 +15,13 @@ from peftprof_kernels.reference import (
     nf4_linear_reference,
 )
 from tests.kernels.cases import BACKENDS, Case, cases, coarsest, keep_mask
-from tests.kernels.nf4_weights import DEVICE, random_weight
+from tests.kernels.nf4_weights import DEVICE, examples, random_weight
 from tests.tolerances import ADAPTER_GRAD, GEMM, relative_error
 
 on_both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(case=cases())
 def test_forward_and_gradients_against_float64(case: Case) -> None:
     x, base, bias, A, B = case.tensors()
@@ -98,7 +98,7 @@ def test_gradients_by_finite_differences(nf4: bool, p: float) -> None:
     assert torch.autograd.gradcheck(forward, (leaf(2, 3, 6), leaf(2, 6), leaf(5, 2), leaf(5)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(case=cases())
 def test_nf4_linear_against_float64(case: Case) -> None:
     x, _, bias, *_ = case.tensors()

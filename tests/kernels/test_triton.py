@@ -15,14 +15,14 @@ from peftprof_kernels.lora_launch import lora_down, lora_down_backward, lora_up_
 from peftprof_kernels.nf4_dequantize import dequantize_triton
 from peftprof_kernels.nf4_linear_kernels import nf4_linear_dx, nf4_linear_forward
 from peftprof_kernels.reference import dequantize_reference, philox_mask
-from tests.kernels.nf4_weights import DEVICE, random_weight
+from tests.kernels.nf4_weights import DEVICE, examples, random_weight
 from tests.tolerances import GEMM, relative_error
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 dtypes = st.sampled_from(DTYPES)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     weight=st.builds(
         random_weight,
@@ -74,7 +74,7 @@ def test_a_packed_weight_that_starts_off_a_word_is_read_right() -> None:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     M=st.sampled_from([1, 2, 3, 15, 16, 17, 65, 257]),
     N=st.integers(1, 200),
@@ -129,7 +129,7 @@ def test_rows_that_start_inside_a_byte_are_refused() -> None:
         nf4_linear_dx(torch.zeros(1, 8, device=DEVICE), weight)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     M=st.sampled_from([1, 3, 31, 33, 65, 129, 300]),
     N=st.integers(1, 150),
