@@ -1,6 +1,7 @@
 """The command line as a user meets it; most of it in this process, some in a fresh one."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftprof.run.folder import RunFolder
 from tests.nvtx import build_recorder, check_nesting, read_record, recording
@@ -41,7 +43,7 @@ def in_process(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 BAD_TRAIN = [
     (["--method", "prefix"], "unknown method 'prefix'"),
     (["--kernels", "cuda"], "unknown kernels 'cuda'"),
-    (["--kernels", "triton"], "use --kernels torch"),
+    (["--kernels", "triton", "--method", "full"], "--method full has none"),
     (["--model", "nobody/nothing"], "check the name and the network"),
     (["--model", "/no/such/folder"], "no name a hub could have"),
     (["--dataset", "nobody/nothing"], "check the name and the network"),
@@ -111,6 +113,26 @@ def test_a_fresh_process_fails_in_one_line_too():
     assert done.stderr == "peftprof: --rank is 0; it must be 1 or more\n"
 
 
+def interpreting(value: str | None) -> dict[str, str]:
+    """This environment with TRITON_INTERPRET as given; the tests' own has it set."""
+    rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return rest if value is None else rest | {"TRITON_INTERPRET": value}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("value", [None, "0"])
+def test_triton_without_a_gpu_says_what_to_do(value, tmp_path):
+    done = peftprof(
+        "train", "--kernels", "triton", "--out", tmp_path / "run", env=interpreting(value)
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("peftprof: --kernels triton needs a GPU")
+    assert len(done.stderr.splitlines()) == 1
+    assert "use --kernels torch" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_breakdown_import_no_torch():
     code = (
         "import sys; sys.argv = ['peftprof', *sys.argv[1:]]\n"
@@ -173,6 +195,31 @@ def test_train_and_breakdown_end_to_end(arguments, tmp_path, monkeypatch, capsys
     assert "dequant" in shown
     assert "\x1b" not in shown
     assert picture.read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_interpreted_trains_for_real(arguments, tmp_path, monkeypatch, capsys):
+    out_folder = tmp_path / "run"
+    options = ["--method", "qlora", "--kernels", "triton", "--max-steps", 3, "--out", out_folder]
+    done = peftprof(*arguments, *options, env=interpreting("1"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "interpreted" in done.stdout
+    folder = RunFolder.open(out_folder)
+    record = folder.read_record()
+    assert record.state == "complete"
+    assert record.config["kernels"] == "triton"
+    assert record.environment["kernels"]["triton"]["interpreted"]
+    assert record.trainable.live == record.trainable.nominal
+    assert record.profiled.same_losses
+    steps = folder.read_steps()
+    assert [step.step for step in steps] == list(range(3))
+    assert all(math.isfinite(step.loss) for step in steps)
+    assert (out_folder / "adapter" / "adapter_model.safetensors").exists()
+    # What the kernels did is found again in the trace, by our names.
+    code, shown, _ = in_process(monkeypatch, capsys, "breakdown", out_folder)
+    assert code == 0
+    assert "dequant" in shown
 
 
 @pytest.mark.slow

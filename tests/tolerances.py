@@ -55,3 +55,13 @@ def relative_error(
 # operation is within FP32_REORDERED, and a gradient has passed a few dozen of them. The
 # dequantised weights of bitsandbytes may differ from ours in the last place as well.
 BACKENDS_FP32 = 2e-3
+
+# The loss of each of a few training steps by two backends. They start from the same weights
+# and see the same batches, so only roundings differ; the optimiser carries them on, and a mean
+# over the batch takes most of them out. Measured over eight steps on a CPU: 2e-7 in fp32, 7e-4
+# in bf16. Halving the scaling of the adapters moves it by 4e-4 at least, or 1e-2 in bf16.
+LOSS_CURVE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+
+# Logits of a whole model in fp32 by two backends: two layers of FP32_REORDERED, and
+# bitsandbytes' dequantised weights, which may differ from ours in the last place.
+LOGITS_FP32 = 1e-4

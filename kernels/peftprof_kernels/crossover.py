@@ -49,7 +49,7 @@ def read_crossovers(path: Path) -> list[Crossover]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = [Crossover(**entry) for entry in content["crossovers"]]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"no table of crossovers: {error}") from error
     for entry in entries:
         values = [getattr(entry, field.name) for field in fields(entry)]

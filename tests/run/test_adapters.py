@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 
 import pytest
@@ -6,8 +7,10 @@ from safetensors import safe_open
 
 from peftprof.errors import ConfigError, DeviceError, TrainingError
 from peftprof.run import adapters, runner
+from peftprof_kernels import set_listener
 from tests import tolerances
 from tests.conftest import FAMILIES
+from tests.kernels.nf4_weights import DEVICE
 
 
 def gradients(config, steps: int = 1):
@@ -21,12 +24,10 @@ def gradients(config, steps: int = 1):
     return float(loss), named, trainee
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_backends_give_the_same_loss_and_gradients(family, method, small_run):
-    config = small_run(method, family, dropout=0.0, warmup_ratio=0.0)
+def assert_like_stock(config):
+    """The loss and every gradient of `config`'s backend are those of stock PEFT."""
     # Two steps, since lora_A has no gradient while lora_B is still zero.
-    ours = gradients(dataclasses.replace(config, kernels="torch"), 2)
+    ours = gradients(config, 2)
     stock = gradients(dataclasses.replace(config, kernels="bnb"), 2)
     assert ours[0] == pytest.approx(stock[0], rel=1e-4)
     assert ours[1].keys() == stock[1].keys()
@@ -35,6 +36,46 @@ def test_backends_give_the_same_loss_and_gradients(family, method, small_run):
         assert scale > 0, name
         error = float((ours[1][name] - gradient).norm()) / scale
         assert error < tolerances.BACKENDS_FP32, (name, error)
+
+
+# Interpreted, a step takes about a second: the families whose attention differs in kind.
+COMPARED = [("torch", f) for f in FAMILIES] + [
+    ("triton", f) for f in ("bert", "distilbert", "modernbert", "llama")
+]
+
+
+@pytest.mark.parametrize(("kernels", "family"), COMPARED)
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_backends_give_the_same_loss_and_gradients(method, kernels, family, small_run):
+    settings = {"dropout": 0.0, "warmup_ratio": 0.0, "device": DEVICE.type}
+    assert_like_stock(small_run(method, family, kernels=kernels, **settings))
+
+
+def test_few_rows_take_the_fused_product_to_the_same_gradients(small_run):
+    config = small_run(
+        "qlora",
+        kernels="triton",
+        dropout=0.0,
+        warmup_ratio=0.0,
+        device=DEVICE.type,
+        batch_size=2,
+        max_length=8,  # 16 rows: the default crossover
+    )
+    assert_like_stock(config)
+    trainee, _ = runner.prepare(config).build()
+    names = []
+
+    def listener(name):
+        names.append(name)
+        return contextlib.nullcontext()
+
+    before = set_listener(listener)
+    try:
+        trainee.step(0)
+    finally:
+        set_listener(before)
+    assert "op:base_gemm" in names
+    assert "op:dequant" not in names
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
@@ -62,16 +103,17 @@ def test_parameters_are_counted_as_used_and_as_stored(small_run):
     assert counted.packed_total < counted.total
 
 
-@pytest.mark.parametrize("kernels", ["torch", "bnb"])
+@pytest.mark.parametrize("kernels", ["torch", "bnb", "triton"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_training_evaluating_and_training_again(kernels, precision, family, small_run):
     """On CPUs with AVX512-BF16 stock bitsandbytes loses the gradients or fails here."""
-    config = small_run("qlora", family, kernels=kernels, precision=precision)
+    device = DEVICE.type if kernels == "triton" else "cpu"
+    config = small_run("qlora", family, kernels=kernels, precision=precision, device=device)
     trainee, _ = runner.prepare(config).build()
     base = adapters.frozen_sha256(trainee.model)
     first = trainee.evaluate()
-    for number in range(4):
+    for number in range(2 if kernels == "triton" else 4):  # interpreted, a second each
         trainee.step(number)
         adapters.check_gradients(trainee.model)
         trainee.optimizer.zero_grad()
@@ -133,6 +175,22 @@ def test_targets_and_ranks_that_do_not_fit(small_run):
     ):
         with pytest.raises(ConfigError, match=says):
             runner.prepare(small_run("lora", **settings)).build()
+
+
+def test_triton_takes_a_rank_beyond_one_launch(small_run):
+    config = small_run(
+        "lora",
+        hidden=264,
+        kernels="triton",
+        rank=257,
+        target_modules=("value",),
+        dropout=0.0,
+        warmup_ratio=0.0,
+        device=DEVICE.type,
+        batch_size=2,
+        max_length=8,
+    )
+    assert_like_stock(config)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
