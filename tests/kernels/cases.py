@@ -98,3 +98,9 @@ def keep_mask(backend: str, shape: tuple[int, int], p: float) -> Tensor:
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """The one with the largest rounding."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def small_layer(rows: int) -> tuple[Tensor, ...]:
+    """x, W, A and B, fp32, rank 2."""
+    shapes = ((rows, 16), (8, 16), (2, 16), (8, 2))
+    return tuple(torch.randn(shape, device=DEVICE) for shape in shapes)
