@@ -230,7 +230,9 @@ def _stores(stock: Stock) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--targets", help=f"such as 80,90; all of {','.join(map(str, TARGETS))}")
     parser.add_argument("--kernel", action="append", help="only this kernel; again for more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
@@ -239,6 +241,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.write_baseline and (given.targets or given.kernel):
         parser.error("a baseline is of everything: no --targets, no --kernel")
+    if given.json and (given.json.is_dir() or not given.json.absolute().parent.is_dir()):
+        parser.error(f"--json {given.json} is no file that can be written")
     targets = _targets(parser, given.targets)
     every = codegen.all_variants()
     names = list(dict.fromkeys(v.kernel_name for v in every))
@@ -260,6 +264,8 @@ def main() -> None:
     wrong = faults(variants, outcomes)
     if given.check:
         wrong += _compare(console, listings)
+        if not wrong:
+            console.print("No faults, and nothing worse than the baseline.")
     if given.json:
         given.json.write_text(json.dumps(_as_json(listings, stock, wrong), indent=1) + "\n")
     for line in wrong:
@@ -300,4 +306,7 @@ def _as_json(listings: Sequence[Listing], stock: Stock | None, wrong: list[str])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("bench.codegen: interrupted")

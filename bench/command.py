@@ -9,10 +9,9 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from bench import results
@@ -23,7 +22,8 @@ from bench.work import measure_ceilings
 from peftprof.errors import DeviceError
 
 OWN = "ours"  # what our providers' names begin with
-HEAD = ("  provider", "ms, p50", "p20 to p80", "of light", "error", "against the baseline")
+HEAD = ("provider", "ms, p50", "p20 to p80", "of light", "error")
+LINE = "  {:18}{:>9}{:>22}{:>10}{:>9}"  # 70 columns; what follows from it goes below
 WIDTH = 120
 
 
@@ -42,6 +42,15 @@ class Benchmark:
     tokens: dict[tuple[str, bool], str]
 
 
+def finish(name: str, run: Callable[[], int]) -> NoReturn:
+    """Exit as `run` says; a Ctrl-C is one line."""
+    try:
+        sys.exit(run())
+    except KeyboardInterrupt:
+        print(f"bench.{name}: interrupted; what was measured is in its results", file=sys.stderr)
+        sys.exit(130)
+
+
 def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
     """Run it as the command line asks. 1 where one of our providers is wrong or fails."""
     given = parser(benchmark.name, benchmark.question).parse_args(arguments)
@@ -52,7 +61,6 @@ def main(benchmark: Benchmark, arguments: list[str] | None = None) -> int:
         return 2
     quiet()
     console = make_console()
-    setup.folder.mkdir(parents=True, exist_ok=True)
     path = setup.folder / f"{benchmark.name}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         rows = _run(benchmark, setup, file, console)
@@ -114,27 +122,21 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def table(rows: list[Row], told: set[str]) -> list[Text | Table]:
+def table(rows: list[Row], told: set[str]) -> list[Text]:
     """A case's title, its timed rows in a table, and what was not timed with the reason.
 
     Who is absent is said once a run: `told` remembers.
     """
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(width=20, no_wrap=True)
-    for width in (9, 20, 8, 7):
-        grid.add_column(width=width, justify="right", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row(*(Text(text, "dim") for text in HEAD))
-    shown: list[Text | Table] = [Text("\n" + title(rows[0].case), "bold")]
-    shown += [grid] if any(row.ms for row in rows) else []
+    shown = [Text("\n" + title(rows[0].case), "bold")]
+    shown += [Text(LINE.format(*HEAD), "dim")] if any(row.ms for row in rows) else []
     for row in rows:
         if row.ms is not None:
             light = "" if row.light is None else f"{100 * row.light:.0f} %"
             spread = f"{row.ms.p20:.4g} to {row.ms.p80:.4g}"
             said = against(row.provider, row.ratio) + _notes(row.notes)
-            grid.add_row(
-                f"  {row.provider}", f"{row.ms.p50:.4g}", spread, light, f"{row.error:.0e}", said
-            )
+            values = (row.provider, f"{row.ms.p50:.4g}", spread, light, f"{row.error:.0e}")
+            shown.append(Text(LINE.format(*values)))
+            shown += [Text(f"      {said}", "dim")] if said else []
         elif row.status == "right":
             shown.append(Text(f"  {row.provider}: right, error {row.error:.1e}{_notes(row.notes)}"))
         elif row.status in ("wrong", "failed"):

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import nf4_linear, results
-from bench.command import complain, make_console, quiet
+from bench.command import complain, finish, make_console, quiet
 from bench.harness import Deadline, Row, measure
 from bench.layers import Layer
 from bench.options import Setup, parser, settle
@@ -56,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     quiet()
     console = make_console()
-    setup.folder.mkdir(parents=True, exist_ok=True)
     with (setup.folder / "crossover.jsonl").open("w", encoding="utf-8") as file:
         found, rows = run(setup, file, console)
     console.print(show(found))
@@ -162,4 +161,4 @@ def store(device: torch.device, found: list[Found]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish("crossover", main)

@@ -8,14 +8,13 @@ rounds differently from its CUDA code. torchao keeps scales of its own format, s
 weight is another one and only near.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import work
-from bench.command import Benchmark, main
+from bench.command import Benchmark, finish, main
 from bench.harness import AbsentError, Case, Prepared, Provider, WrongError, relative_error
 from bench.options import Setup
 from bench.problems import Quantised, imported, quantised
@@ -121,4 +120,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(BENCHMARK.name, lambda: main(BENCHMARK))

@@ -18,6 +18,7 @@ nothing else. Exit 0: all parts are right; 1: the failed ones are named; 2: no G
 import argparse
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
+from bench.command import finish
 from bench.suite_page import render
 from peftprof.run import environment
 
@@ -126,7 +128,11 @@ def run_all(
             outcomes[part.name] = Outcome(part.name, "skipped", "no time was left", 0.0)
             continue
         print(f"{part.name}: up to {left:.0f} s", file=sys.stderr, flush=True)
-        outcomes[part.name] = done = run(part, left)
+        try:
+            outcomes[part.name] = done = run(part, left)
+        except KeyboardInterrupt:
+            outcomes[part.name] = Outcome(part.name, "failed", "interrupted", 0.0)
+            break
         print(f"  {done.status} {done.why}".rstrip(), file=sys.stderr, flush=True)
     return list(outcomes.values())
 
@@ -250,13 +256,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not cuda["available"] and not given.rehearse:
         print(f"bench.gpu_suite: needs a GPU, and {cuda['reason']}", file=sys.stderr)
         return 2
+    if not 0 < given.seconds < math.inf:
+        print(f"bench.gpu_suite: --seconds {given.seconds} is not above 0", file=sys.stderr)
+        return 2
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"bench.gpu_suite: --out {given.out}: {error.strerror}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
         work = Path(folder)
         outcomes = run_all(plan(work, given.rehearse), given.seconds, run_part)
         result = collect(outcomes, work)
     result |= {"rehearsal": given.rehearse, "seconds": round(time.monotonic() - started, 1)}
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "suite.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (given.out / "suite.html").write_text(render(result), encoding="utf-8")
     for part in result["parts"]:
@@ -264,8 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"written: suite.json and suite.html, in {given.out}")
     if result["failed"]:
         print(f"bench.gpu_suite: failed: {', '.join(result['failed'])}", file=sys.stderr)
+    elif all(part["status"] == "skipped" for part in result["parts"]):
+        print("bench.gpu_suite: nothing was run; give it more --seconds", file=sys.stderr)
+        return 1
     return int(bool(result["failed"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish("gpu_suite", main)

@@ -45,6 +45,9 @@ MODELS = {
 }
 
 
+MOST = 10**6  # rows or columns: more is a slip of the finger
+
+
 def layers(names: str) -> list[Layer]:
     """The layers of comma-separated models, or single ones written NxK.
 
@@ -53,6 +56,8 @@ def layers(names: str) -> list[Layer]:
     found: list[Layer] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+        if size and max(int(size[1]), int(size[2])) > MOST:
+            raise ValueError(f"--shapes wants sizes up to {MOST}, not {name!r}")
         if size:
             found.append(Layer("weight", int(size[1]), int(size[2])))
         elif name in MODELS:
@@ -63,4 +68,6 @@ def layers(names: str) -> list[Layer]:
             raise ValueError(
                 f"unknown shapes {name!r}; they are all, {', '.join(MODELS)}, or NxK as 768x3072"
             )
+    if not found:
+        raise ValueError("--shapes names no shape")
     return found

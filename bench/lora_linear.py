@@ -14,7 +14,6 @@ verified without dropout. Then the layer with both is timed.
 
 import contextlib
 import functools
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bench import work
-from bench.command import Benchmark, main
+from bench.command import Benchmark, finish, main
 from bench.harness import AbsentError, Case, Prepared, Provider, WrongError, verify
 from bench.options import Setup
 from bench.problems import ADAPTER_GRAD, GEMM, Quantised, imported, quantised, randn
@@ -287,4 +286,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(BENCHMARK.name, lambda: main(BENCHMARK))

@@ -9,7 +9,6 @@ is the small-M kernel by itself, `ours-two-step` a Triton dequantise and a libra
 with the weight dequantised before the clock starts: what quantisation costs.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import work
-from bench.command import Benchmark, main
+from bench.command import Benchmark, finish, main
 from bench.harness import AbsentError, Case, Prepared, Provider, verify
 from bench.options import Setup
 from bench.problems import GEMM, Quantised, imported, quantised, randn
@@ -209,4 +208,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    finish(BENCHMARK.name, lambda: main(BENCHMARK))

@@ -1,6 +1,7 @@
 """The options that every benchmark of kernels takes, settled on this machine."""
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 
 from bench.harness import FULL, QUICK, Effort, Sampler, sampler_for
-from bench.layers import Layer, layers
+from bench.layers import MOST, Layer, layers
+from peftprof.errors import DeviceError
 from peftprof.run import environment
 from peftprof.run.model import DTYPES
 
@@ -70,28 +72,40 @@ def settle(
     asked = environment.default_device() if given.device == "auto" else given.device
     device = environment.check_device(asked)
     precision = given.dtype or environment.default_precision(str(device))
-    environment.check_precision(precision, str(device))
+    try:
+        environment.check_precision(precision, str(device))
+    except DeviceError as error:
+        raise DeviceError(str(error).replace("--precision", "--dtype")) from error
+    if given.seconds is not None and not 0 < given.seconds < math.inf:
+        raise ValueError(f"--seconds wants a number above 0, not {given.seconds}")
     kind = (device.type, given.quick)
+    asked_tokens = tokens[kind] if given.tokens is None else given.tokens or ","
+    folder = given.out / slug(device_name(device))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {given.out} cannot be written: {error.strerror}") from error
     return Setup(
         device=device,
         dtype=DTYPES[precision],
         quick=given.quick,
-        layers=tuple(layers(given.shapes or shapes[kind])),
-        tokens=tuple(numbers(given.tokens or tokens[kind])),
+        layers=tuple(layers(shapes[kind] if given.shapes is None else given.shapes)),
+        tokens=tuple(numbers(asked_tokens)) if asked_tokens else (),
         l2=given.l2,
         verify_only=given.verify_only,
         unsloth=given.with_unsloth,
         seconds=given.seconds,
-        folder=given.out / slug(device_name(device)),
+        folder=folder,
     )
 
 
 def numbers(text: str) -> list[int]:
     """Comma-separated numbers of 1 or more. Raises ValueError for anything else."""
     found = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in found if not part.isdecimal() or int(part) < 1]
-    if wrong:
-        raise ValueError(f"--tokens wants numbers of 1 or more, not {wrong[0]!r}")
+    wrong = [part for part in found if not part.isdecimal() or not 1 <= int(part) <= MOST]
+    if wrong or not found:
+        what = repr(wrong[0]) if wrong else "none"
+        raise ValueError(f"--tokens wants numbers from 1 to {MOST}, not {what}")
     return [int(part) for part in found]
 
 

@@ -173,6 +173,8 @@ def get_backend(name: str, x: Tensor, dtype: torch.dtype) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"the dtype to compute in must be a floating point one, got {dtype}")
     if name == "triton":
         if dtype not in TRITON_DTYPES:
             raise TypeError(f"the triton backend computes in bf16, fp16 or fp32, not {dtype}")
@@ -211,6 +213,8 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype, backend: str = "torch") ->
 
     Raises TypeError for a dtype that is no floating one, or not one of the backend's.
     """
+    if not isinstance(weight, NF4Weight):
+        raise TypeError(f"weight must be an NF4Weight, got {type(weight).__name__}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     who = get_backend(backend, weight.packed, dtype)

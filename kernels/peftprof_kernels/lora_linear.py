@@ -162,7 +162,7 @@ class _LoraLinears(torch.autograd.Function):
                     through = base_backward(dy2d, plan.base(i, denses[i]), plan.backend)
                     dx = through if dx is None else dx.add_(through)
             if need_dS:
-                unit = max(plan.alphas, key=abs) or 1.0
+                unit = _unit(plan.alphas)
                 dA = plan.backend.down_backward(
                     x2d if any(need_A) else None,
                     _beside(dSs, ctx.ranks, plan.alphas, unit),
@@ -170,7 +170,7 @@ class _LoraLinears(torch.autograd.Function):
                     dx,
                     seed,
                     plan.p,
-                    unit if count > 1 else plan.alphas[0],
+                    unit,
                 )
         if dA is not None:
             for i, part in enumerate(_split(dA, ctx.ranks, 0)):
@@ -192,6 +192,17 @@ def _shaped(y: Tensor, like: torch.Size) -> Tensor:
 def _needs(ctx: Any, which: int) -> tuple[bool, ...]:
     """Whether a gradient is wanted for A, B or the bias of each layer."""
     return tuple(ctx.needs_input_grad[3 + which :: _EACH])
+
+
+def _unit(alphas: Sequence[float]) -> float:
+    """What the stacked dS are measured in: the largest alpha, 1 where all are zero."""
+    if len(alphas) == 1:
+        return alphas[0]
+    unit = alphas[0]
+    for alpha in alphas:  # not max(key=abs), which torch.compile cannot trace
+        if abs(alpha) > abs(unit):
+            unit = alpha
+    return unit if unit != 0 else 1.0
 
 
 def _split(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
@@ -327,6 +338,8 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _check_input(x: Tensor, base: Base, bias: Tensor | None) -> None:
+    if len(base.shape) != 2:
+        raise ValueError(f"base must be [N, K], got {(*base.shape,)}")
     N, K = base.shape
     if x.ndim < 1 or x.shape[-1] != K:
         raise ValueError(f"x must be [..., {K}] for a base of shape ({N}, {K}), got {(*x.shape,)}")
@@ -348,10 +361,13 @@ def _check_device(x: Tensor, name: str, device: torch.device) -> None:
 
 def _check_adapter(base: Base, A: Tensor, B: Tensor, p: float) -> None:
     N, K = base.shape
-    r = A.shape[0]
+    r = A.shape[0] if A.ndim else 0
     if A.shape != (r, K) or B.shape != (N, r):
         raise ValueError(
             f"A must be [r, {K}] and B [{N}, r] with one r, got {(*A.shape,)} and {(*B.shape,)}"
         )
+    for name, tensor in (("A", A), ("B", B)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must be a probability, got {p}")

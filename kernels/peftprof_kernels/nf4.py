@@ -53,6 +53,8 @@ class NF4Weight:
         """Check every size and dtype, and build the table of byte values."""
         packed = self.packed.detach().reshape(-1).view(torch.uint8)
         object.__setattr__(self, "packed", packed)
+        if len(self.shape) != 2:
+            raise ValueError(f"shape must be (N, K), got {(*self.shape,)}")
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         for name in ("absmax", "code", "absmax2", "code2", "offset"):
             tensor = getattr(self, name)

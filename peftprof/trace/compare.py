@@ -42,6 +42,10 @@ def _work(record: RunRecord) -> dict[str, Any]:
 def _device(record: RunRecord) -> str:
     """The device by its setting and, where the run recorded it, by its make."""
     device = str(record.config.get("device", "unknown"))
+    triton = _table(record, "kernels").get("triton")
+    interpreted = isinstance(triton, dict) and triton.get("interpreted")
+    if record.config.get("kernels") == "triton" and interpreted:
+        return f"{device}, kernels interpreted (times without meaning)"
     kind, _, index = device.partition(":")
     if kind == "cuda":
         made = _table(record, "cuda").get("devices")

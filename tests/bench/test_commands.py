@@ -79,7 +79,7 @@ def test_weights_that_bitsandbytes_gets_wrong_here_are_not_timed(run):
 
 
 def test_time_that_runs_out_is_said(run):
-    code, _, rows, end, out, _ = run(dequantize.BENCHMARK, "--shapes", "8x64", "--seconds", "0")
+    code, _, rows, end, out, _ = run(dequantize.BENCHMARK, "--shapes", "8x64", "--seconds", "1e-9")
     assert (code, rows) == (0, [])
     assert (end["done"], end["planned"], end["cut_short"]) == (0, 1, True)
     assert "cut short: 0 of 1 cases" in out
@@ -89,8 +89,14 @@ def test_time_that_runs_out_is_said(run):
     ("options", "said"),
     [
         (["--shapes", "llama-9b"], "unknown shapes 'llama-9b'"),
-        (["--tokens", "4,x"], "--tokens wants numbers of 1 or more, not 'x'"),
-        (["--dtype", "fp16"], "--precision fp16 needs a GPU"),
+        (["--tokens", "4,x"], "--tokens wants numbers from 1 to 1000000, not 'x'"),
+        (["--tokens", ","], "--tokens wants numbers from 1 to 1000000, not none"),
+        (["--tokens", "9" * 20], "--tokens wants numbers from 1 to 1000000"),
+        (["--shapes", ","], "--shapes names no shape"),
+        (["--shapes", "64x9999999"], "--shapes wants sizes up to 1000000"),
+        (["--seconds", "0"], "--seconds wants a number above 0, not 0.0"),
+        (["--seconds", "nan"], "--seconds wants a number above 0, not nan"),
+        (["--dtype", "fp16"], "--dtype fp16 needs a GPU; on cpu use --dtype"),
     ],
 )
 def test_options_that_cannot_be_are_one_line(run, options, said):

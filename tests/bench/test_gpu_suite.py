@@ -29,6 +29,36 @@ def test_without_a_gpu_it_is_one_line(capsys):
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_that_cannot_be_is_one_line(seconds, tmp_path, capsys):
+    assert gpu_suite.main(["--rehearse", f"--seconds={seconds}", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"bench.gpu_suite: --seconds {float(seconds)} is not above 0\n"
+    )
+
+
+def test_a_folder_that_cannot_be_is_said_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert gpu_suite.main(["--rehearse", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_running_nothing_is_no_success(tmp_path, capsys):
+    assert gpu_suite.main(["--rehearse", "--seconds", "1", "--out", str(tmp_path)]) == 1
+    assert "nothing was run" in capsys.readouterr().err
+
+
+def test_an_interruption_keeps_what_was_done():
+    def run(part, seconds):
+        if part.name == "second":
+            raise KeyboardInterrupt
+        return gpu_suite.Outcome(part.name, "ok", "", 1.0)
+
+    parts = [gpu_suite.Part(name, [], 1.0) for name in ("first", "second", "third")]
+    outcomes = gpu_suite.run_all(parts, 100.0, run)
+    assert [(o.name, o.status) for o in outcomes] == [("first", "ok"), ("second", "failed")]
+
+
 def test_a_part_that_crashes_is_failed_with_its_signal():
     done = gpu_suite.run_part(python("crash", "import os; os.abort()"), 20)
     assert (done.status, done.why[:9]) == ("failed", "signal 6:")

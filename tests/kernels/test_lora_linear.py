@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from peftprof_kernels import NF4Weight, dropout_mask, lora_linear, lora_linear_group, nf4_linear
+from peftprof_kernels import (
+    NF4Weight,
+    dequantize,
+    dropout_mask,
+    lora_linear,
+    lora_linear_group,
+    nf4_linear,
+)
 from peftprof_kernels.dropout import rounded
 from peftprof_kernels.reference import (
     dequantize_reference,
@@ -312,6 +319,14 @@ def test_calls_that_cannot_be_right_are_refused() -> None:
         lora_linear(x, W, None, A, B, 1.0, backend="cuda")
     with pytest.raises(TypeError, match=r"bf16, fp16 or fp32, not torch\.float64"):
         lora_linear(x.double(), W, None, A, B, 1.0, backend="triton")
+    with pytest.raises(ValueError, match=r"base must be \[N, K\], got \(8,\)"):
+        lora_linear(x, W[:, 0], None, A, B, 1.0)
+    with pytest.raises(TypeError, match=r"A must be floating point, got torch\.int64"):
+        lora_linear(x, W, None, A.long(), B, 1.0)
+    with pytest.raises(TypeError, match="dtype to compute in must be a floating point one, got"):
+        lora_linear(x, W, None, A, B, 1.0, compute_dtype=torch.int32)
+    with pytest.raises(TypeError, match="weight must be an NF4Weight, got Tensor"):
+        dequantize(W, torch.float32)
     with pytest.raises(ValueError, match="A is on meta, x is on"):
         lora_linear(x, W, None, A.to("meta"), B, 1.0)
     with pytest.raises(ValueError, match="equally many"):

@@ -156,6 +156,27 @@ def test_torch_compile_makes_one_graph(p: float, nf4: bool, backend: str) -> Non
         assert not torch.equal(compiled(*leaves), compiled(*leaves))
 
 
+@on_both
+def test_one_graph_serves_other_scalings_and_rates(backend: str) -> None:
+    # From its second value on torch.compile traces a number as a symbol.
+    base, x = random_weight(N, K), _normal(M, K, grad=True)
+    A, B = _normal(R, K, grad=True), _normal(N, R, grad=True)
+
+    def layer(scaling: float, p: float) -> Tensor:
+        return lora_linear(x, base, None, A, B, scaling, p, True, backend=backend)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for scaling, p in ((2.0, 0.0), (3.0, 0.0), (-4.0, 0.1), (4.0, 0.2)):
+        ys = []
+        for run in (compiled, layer):
+            torch.manual_seed(1)
+            ys.append(run(scaling, p))
+        assert relative_error(ys[0], ys[1]) < FP32_REORDERED
+        grads = [torch.autograd.grad(y.sum(), (x, A, B)) for y in ys]
+        for mine, other in zip(*grads, strict=True):
+            assert relative_error(mine, other) < FP32_REORDERED
+
+
 @pytest.mark.slow
 @on_both
 def test_inductor_compiles_it(backend: str) -> None:

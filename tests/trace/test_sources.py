@@ -146,6 +146,18 @@ def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     assert loaded.differences == ()
 
 
+def test_an_interpreted_run_is_comparable_with_no_other(tmp_path: Path) -> None:
+    plain = record("plain")
+    config = plain.config | {"kernels": "triton"}
+    environment = {"kernels": {"triton": {"interpreted": True}}}
+    slow = record("slow", config=config, environment=environment)
+    loaded = load([make_run(tmp_path, plain), make_run(tmp_path, slow)])
+    assert loaded.comparable is False
+    assert loaded.differences == (
+        "device: cpu vs cpu, kernels interpreted (times without meaning)",
+    )
+
+
 def test_a_trace_without_a_record_cannot_be_compared() -> None:
     assert compare([record(), None]) == (None, [])
 
