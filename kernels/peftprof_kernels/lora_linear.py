@@ -182,9 +182,11 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def _shaped(y: Tensor, like: torch.Size) -> Tensor:
-    """y [M, N] as [..., N]. Not a view to autograd, so that `y += 1` works as on a Linear's."""
-    if len(like) == 2:
-        return y
+    """y [M, N] as [..., N]. Not a view to autograd, so that `y += 1` works as on a Linear's.
+
+    For x [M, K] too: y was written by an ``out=``, and compiled by torch 2.11 such an
+    output silently gets no gradient unless something new is made of it.
+    """
     shaped: Tensor = torch.ops.aten._unsafe_view(y, [*like[:-1], y.shape[1]])
     return shaped
 
