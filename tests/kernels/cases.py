@@ -1,12 +1,14 @@
 """LoRA linears to test with, drawn at random, and what a call of a backend should give."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftprof_kernels import NF4Weight, draw_seed, dropout_mask
+from peftprof_kernels import NF4Weight, draw_seed, dropout_mask, set_listener
 from peftprof_kernels.dropout import kept_draws
 from peftprof_kernels.reference import philox_mask
 from tests.kernels.nf4_weights import DEVICE, random_weight
@@ -104,3 +106,19 @@ def small_layer(rows: int) -> tuple[Tensor, ...]:
     """x, W, A and B, fp32, rank 2."""
     shapes = ((rows, 16), (8, 16), (2, 16), (8, 2))
     return tuple(torch.randn(shape, device=DEVICE) for shape in shapes)
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The names of the ranges that our operations open meanwhile."""
+    names: list[str] = []
+
+    def listener(name: str) -> nullcontext[None]:
+        names.append(name)
+        return nullcontext()
+
+    before = set_listener(listener)
+    try:
+        yield names
+    finally:
+        set_listener(before)

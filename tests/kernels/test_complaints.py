@@ -4,8 +4,7 @@ Weights are quantised by bitsandbytes. Layers are judged in float64; whole model
 prepared as a run prepares them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from peftprof.run import adapters, runner
 from peftprof.run.loop import Trainee
-from peftprof_kernels import NF4Weight, block_scales, dequantize, lora_linear, set_listener
+from peftprof_kernels import NF4Weight, block_scales, dequantize, lora_linear
 from peftprof_kernels.reference import (
     dequantize_reference,
     lora_linear_backward_reference,
     lora_linear_reference,
 )
-from tests.kernels.cases import BACKENDS, coarsest, keep_mask
+from tests.kernels.cases import BACKENDS, coarsest, heard, keep_mask
 from tests.kernels.nf4_weights import DEVICE, from_quant_state
 from tests.tolerances import ADAPTER_GRAD, FP32_REORDERED, GEMM, NF4_HALF_GAP, relative_error
 
@@ -89,22 +88,6 @@ def errors(
         limit = limits[coarsest(compute, grad.dtype)]
         found[name] = relative_error(grad, getattr(expected, name)) / limit
     return found
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """The names of the ranges that our operations open meanwhile."""
-    names: list[str] = []
-
-    def listener(name: str) -> nullcontext[None]:
-        names.append(name)
-        return nullcontext()
-
-    before = set_listener(listener)
-    try:
-        yield names
-    finally:
-        set_listener(before)
 
 
 @pytest.fixture

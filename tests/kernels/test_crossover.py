@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftprof_kernels import NF4Weight, nf4_linear, set_listener
+from peftprof_kernels import NF4Weight, nf4_linear
 from peftprof_kernels.crossover import (
     DEFAULT_MAX_M,
     Crossover,
@@ -20,6 +19,7 @@ from peftprof_kernels.crossover import (
     write_crossovers,
 )
 from peftprof_kernels.reference import dequantize_reference
+from tests.kernels.cases import heard
 from tests.kernels.nf4_weights import DEVICE, random_weight
 from tests.tolerances import GEMM, relative_error
 
@@ -112,22 +112,6 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 
 N, K = 40, 64
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """The names of the ranges that are opened meanwhile."""
-    names: list[str] = []
-
-    def listener(name: str) -> nullcontext[None]:
-        names.append(name)
-        return nullcontext()
-
-    before = set_listener(listener)
-    try:
-        yield names
-    finally:
-        set_listener(before)
 
 
 def roads(
