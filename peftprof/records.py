@@ -1,7 +1,6 @@
-"""Frozen results that travel between making, reading and showing; no torch here.
+"""What a run leaves behind: `RunRecord`, the content of its folder's `run.json`; no torch here.
 
-`RunRecord` is the content of a run folder's `run.json`; `Breakdown` is what a trace
-becomes. Both turn into plain JSON with `encode`; `decode` is its inverse.
+A record turns into plain JSON with `encode`; `decode` is its inverse.
 Times are nanoseconds (`*_ns`) or seconds (`*_s`), memory is bytes (`*_bytes`).
 """
 
@@ -16,79 +15,6 @@ from typing import Any, TypeVar
 from peftprof.errors import FolderError
 
 T = TypeVar("T")
-
-PHASES = ("data", "forward", "backward", "optimizer", "other")
-CATEGORIES = (
-    "dequant",
-    "base_gemm",
-    "adapter_gemm",
-    "attention",
-    "elementwise",
-    "embedding",
-    "head_loss",
-    "optimizer",
-    "memcpy",
-    "communication",
-)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, smallest and largest of a quantity over the steps it was seen in."""
-
-    median: float
-    min: float
-    max: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One phase x category of a breakdown, per step.
-
-    `ns` is the median over steps, `min_ns` and `max_ns` the extremes, all times the one
-    factor that makes rows, idle and unattributed add up to the median step.
-    `count` is the median number of operators or kernels in a step.
-    """
-
-    phase: str
-    category: str
-    ns: float
-    share: float
-    count: float
-    min_ns: float
-    max_ns: float
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator or kernel name: self time and calls per step (mean over steps)."""
-
-    name: str
-    category: str
-    ns: float
-    share: float
-    count: float
-
-
-@dataclass(frozen=True)
-class Breakdown:
-    """Where one run's median step went. `rows` + idle + unattributed = `step_ns.median`.
-
-    `operators` and `unattributed_operators` are the longest 200 of each, not all.
-    """
-
-    name: str
-    source: str
-    device: str
-    steps: int
-    step_ns: Spread
-    rows: tuple[Row, ...]
-    unattributed_ns: float
-    idle_ns: float
-    idle_by_phase_ns: dict[str, float]
-    overlap_ns: float
-    operators: tuple[Operator, ...]
-    unattributed_operators: tuple[Operator, ...]
 
 
 @dataclass(frozen=True)

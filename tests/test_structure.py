@@ -10,11 +10,19 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "peftprof").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 # A module may import its own room and what stands behind it here, nothing else of ours.
-LOW = {"peftprof", "peftprof.errors", "peftprof.records", "peftprof.config", "peftprof.watcher"}
+LOW = {
+    "peftprof",
+    "peftprof.errors",
+    "peftprof.records",
+    "peftprof.breakdowns",
+    "peftprof.config",
+    "peftprof.watcher",
+}
 FLOORS = {
     "peftprof_kernels": set(),
     "peftprof.errors": set(),
-    "peftprof.records": {"peftprof.errors"},
+    "peftprof.breakdowns": set(),
+    "peftprof.records": {"peftprof.errors", "peftprof.breakdowns"},
     "peftprof.watcher": set(),
     "peftprof.config": {"peftprof.errors"},
     "peftprof.annotate": set(),

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftprof.records import CATEGORIES, PHASES, Breakdown, Operator
+from peftprof.breakdowns import CATEGORIES, PHASES, Breakdown, Operator
 from peftprof.trace import Loaded
 
 STYLES = {

@@ -4,7 +4,8 @@ from typing import Any
 
 import orjson
 
-from peftprof.records import Breakdown, Operator, encode
+from peftprof.breakdowns import Breakdown, Operator
+from peftprof.records import encode
 from peftprof.trace import Loaded
 
 VERSION = 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.errors import TraceError
-from peftprof.records import CATEGORIES, PHASES
 from peftprof.trace import rules, steps
 from peftprof.trace.events import NONE, Bools, Events, Ints, Kind
 from peftprof.trace.nesting import Segments, Tree, launch_free, nest

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from peftprof.breakdowns import CATEGORIES, PHASES, Breakdown, Operator, Row, Spread
 from peftprof.errors import TraceError
-from peftprof.records import CATEGORIES, PHASES, Breakdown, Operator, Row, Spread
 from peftprof.trace.attribute import Attribution
 from peftprof.trace.events import NONE, Ints
 

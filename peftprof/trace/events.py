@@ -5,7 +5,7 @@ start, then longest first, so that an event stands after everything that enclose
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -30,12 +30,57 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Events:
-    """The events of one trace.
+class Thread:
+    """A CPU thread (`device` is NONE) or a stream of device number `device`."""
 
-    `names[name[i]]` is event i's name; `thread` numbers CPU threads and device streams
-    alike. `launch` is the CPU event that launched a device event, `forward` the operator
-    whose gradient a backward operator computes: row numbers, or NONE.
+    name: str
+    device: int
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What an operator was called with: JSON text of the trace, not yet parsed.
+
+    `dims` such as `[[8, 768], [768, 768]]`, `types` such as `["float", "float"]`, `concrete`
+    the values of scalars where they are needed, else empty.
+    """
+
+    dims: str
+    types: str
+    concrete: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryLog:
+    """Allocations and frees as the profiler heard them, in order of time; a row each.
+
+    `bytes` is negative for a free. `allocated` and `reserved` are the allocator's totals
+    after it, on device kind `kind` (c10's DeviceType: 0 CPU, 1 CUDA) number `index`.
+    `thread` numbers the threads of `Events`.
+    """
+
+    time: Ints
+    thread: Ints
+    address: Ints
+    bytes: Ints
+    allocated: Ints
+    reserved: Ints
+    kind: Ints
+    index: Ints
+
+
+@dataclass(frozen=True)
+class Events:
+    """The events of one process in one trace.
+
+    `names[name[i]]` is event i's name; `thread[i]` numbers `threads`, CPU threads and device
+    streams alike. `launch` is the CPU event that launched a device event, `forward` the
+    operator whose gradient a backward operator computes: row numbers, or NONE. `operands`
+    numbers `signatures`, or is NONE where an operator's shapes were not recorded. `bytes`
+    is what a copy or fill moved, or NONE.
+
+    `device` is the device's name, or `cpu`; `process` tells several processes of one file
+    apart and is empty where there is one; `rank` is the trace's own word for it.
     """
 
     names: tuple[str, ...]
@@ -46,7 +91,14 @@ class Events:
     thread: Ints
     launch: Ints
     forward: Ints
+    operands: Ints
+    bytes: Ints
+    threads: tuple[Thread, ...]
+    signatures: tuple[Operands, ...]
     device: str
+    process: str = ""
+    rank: int | None = None
+    memory: MemoryLog | None = None
 
     def __len__(self) -> int:
         """Number of events."""
@@ -60,6 +112,17 @@ class Events:
     def named(self, row: int) -> str:
         """The name of event `row`."""
         return self.names[int(self.name[row])]
+
+    def take(self, rows: Ints) -> "Events":
+        """The events in `rows`, ascending; links to others are cut."""
+        place = np.full(len(self) + 1, NONE, np.int64)  # the last entry is NONE's own
+        place[rows] = np.arange(len(rows))
+        columns = {
+            name: getattr(self, name)[rows]
+            for name in ("kind", "name", "start", "end", "thread", "operands", "bytes")
+        }
+        links = {name: place[getattr(self, name)[rows]] for name in ("launch", "forward")}
+        return replace(self, **columns, **links)
 
 
 def nesting_order(thread: Ints, start: Ints, end: Ints, kind: Ints) -> Ints:

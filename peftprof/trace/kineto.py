@@ -14,7 +14,7 @@ import orjson
 
 from peftprof.errors import TraceError
 from peftprof.trace import links
-from peftprof.trace.events import NONE, Events, Ints, Kind, nesting_order, number
+from peftprof.trace.events import NONE, Events, Ints, Kind, Thread, nesting_order, number
 
 # Categories as written by torch 1.8 to 2.13, lower case; other categories are not read.
 KINDS = {
@@ -166,6 +166,12 @@ def _table(
         thread=thread,
         launch=links.launches(kind, thread, start, ids, flows["ac2g"]),
         forward=links.forwards(kind, thread, start, ids, flows["fwdbwd"]),
+        operands=np.full(len(known), NONE, np.int64),
+        bytes=np.full(len(known), NONE, np.int64),
+        threads=tuple(
+            Thread(tid, int(pid) if d and pid.isdecimal() else NONE) for d, pid, tid in threads
+        ),
+        signatures=(),
         device=_device(document, [known[i] for i in np.flatnonzero(kind >= Kind.KERNEL)]),
     )
 

@@ -108,17 +108,4 @@ def _advance(
 
 def launch_free(events: Events) -> Events:
     """`events` with nothing but what `nest` needs of a trace without a device."""
-    keep = np.flatnonzero(events.kind != Kind.LAUNCH)
-    place = np.full(len(events) + 1, NONE, np.int64)  # the last entry is NONE's own
-    place[keep] = np.arange(len(keep))
-    return Events(
-        events.names,
-        events.kind[keep],
-        events.name[keep],
-        events.start[keep],
-        events.end[keep],
-        events.thread[keep],
-        place[events.launch[keep]],
-        place[events.forward[keep]],
-        events.device,
-    )
+    return events.take(np.flatnonzero(events.kind != Kind.LAUNCH))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peftprof.records import CATEGORIES, PHASES
+from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.trace.events import NONE, Ints
 
 # Beside the categories of records.py: time that turns out to be no operator's.

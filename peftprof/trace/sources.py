@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from peftprof.breakdowns import Breakdown, Comparison, Timeline
 from peftprof.errors import FolderError, TraceError
-from peftprof.records import Breakdown, RunRecord, read_record
+from peftprof.records import RunRecord, read_record
 from peftprof.trace import kineto
 from peftprof.trace.attribute import attribute
 from peftprof.trace.breakdown import make_breakdown
@@ -29,13 +30,16 @@ class Source:
 class Loaded:
     """Breakdowns of the traces found, how they compare, and how many older runs were left out.
 
-    `comparable` is None where nothing can be said; see `compare`.
+    `comparable` is None where nothing can be said; see `compare`. `comparisons` hold every
+    further run against the first. `timelines`, one a run, are there where asked for.
     """
 
     breakdowns: tuple[Breakdown, ...]
     comparable: bool | None
     differences: tuple[str, ...]
     left_out: int
+    comparisons: tuple[Comparison, ...] = ()
+    timelines: tuple[Timeline, ...] = ()
 
 
 def load(paths: Sequence[Path], all_runs: bool = False) -> Loaded:

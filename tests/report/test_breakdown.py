@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from peftprof.records import Breakdown, Operator, Row, Spread
+from peftprof.breakdowns import Breakdown, Operator, Row, Spread
 from peftprof.report.breakdown import clean, render
 from peftprof.trace import Loaded
 

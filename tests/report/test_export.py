@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from peftprof.records import CATEGORIES, PHASES
+from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.report.export import to_json
 from peftprof.trace import load
 from tests.trace.build import Trace

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peftprof.records import CATEGORIES, PHASES
+from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.trace import kineto, rules
 from peftprof.trace.attribute import Attribution, attribute
 from peftprof.trace.events import NONE

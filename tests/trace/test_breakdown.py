@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from peftprof.records import Breakdown
+from peftprof.breakdowns import Breakdown
 from peftprof.trace import load
 from tests.trace.build import Trace
 

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.errors import TraceError
-from peftprof.records import CATEGORIES, PHASES
 from peftprof.trace import kineto, load
 from peftprof.trace.attribute import Attribution, attribute
 from peftprof.trace.breakdown import make_breakdown

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from peftprof.records import Breakdown
+from peftprof.breakdowns import Breakdown
 from peftprof.trace import load
 
 STEPS = 3
