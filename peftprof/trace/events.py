@@ -4,10 +4,8 @@ Times are integer nanoseconds since the trace's own zero. Rows are ordered by th
 start, then longest first, so that an event stands after everything that encloses it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +78,8 @@ class Events:
     is what a copy or fill moved, or NONE.
 
     `device` is the device's name, or `cpu`; `process` tells several processes of one file
-    apart and is empty where there is one; `rank` is the trace's own word for it.
+    apart and is empty where there is one; `rank` is the trace's own word for it; `timeless`
+    events were left out because they say no time.
     """
 
     names: tuple[str, ...]
@@ -99,6 +98,7 @@ class Events:
     process: str = ""
     rank: int | None = None
     memory: MemoryLog | None = None
+    timeless: int = 0
 
     def __len__(self) -> int:
         """Number of events."""
@@ -127,13 +127,23 @@ class Events:
 
 def nesting_order(thread: Ints, start: Ints, end: Ints, kind: Ints) -> Ints:
     """The row order of `Events`."""
-    return np.lexsort((kind, -end, start, thread)).astype(np.int64)
+    key = one_key(thread, start)
+    order = np.argsort(key, kind="stable")
+    # Few events start together on one thread: only those are sorted by the rest.
+    same = key[order][1:] == key[order][:-1]
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    rows = order[tied]
+    order[tied] = rows[np.lexsort((kind[rows], -end[rows], key[rows]))]
+    return order
 
 
-def number(values: Sequence[Any]) -> tuple[tuple[Any, ...], Ints]:
-    """The distinct values in order of appearance, and each value's number among them."""
-    numbers: dict[Any, int] = {}
-    column = np.fromiter(
-        (numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values)
-    )
-    return tuple(numbers), column
+def one_key(thread: Ints, time: Ints) -> Ints:
+    """Thread and time as one number, which is ordered and equal as they are together."""
+    if not len(time):
+        return np.zeros(0, np.int64)
+    low, high = int(time.min()), int(time.max())
+    # Times too far apart for one number are as good by rank.
+    if (int(thread.max()) + 2) * (high - low + 1) >= 1 << 62:
+        time = np.unique(time, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        low, high = 0, len(time)
+    return thread * (high - low + 1) + (time - low)

@@ -1,53 +1,48 @@
-"""Reads a Kineto trace (torch.profiler's `export_chrome_trace`), JSON or gzip, into `Events`."""
+"""Reads a Kineto trace (torch.profiler's `export_chrome_trace`), JSON or gzip, into `Events`.
 
-import gzip
-import io
+The format is Chrome's Trace Event Format; categories and arguments are as torch 1.8 to 2.13
+write them, on CUDA, ROCm, XPU and without a device.
+"""
+
+import gc
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 
 from peftprof.errors import TraceError
-from peftprof.trace import links
-from peftprof.trace.events import NONE, Events, Ints, Kind, Thread, nesting_order, number
+from peftprof.trace import links, stream
+from peftprof.trace.columns import (
+    FLOWS,
+    MAX_NAME,
+    Columns,
+    Document,
+    Entry,
+    InexactTimesError,
+    Numbers,
+    Place,
+    Table,
+    loosely,
+)
+from peftprof.trace.events import NONE, Events, Ints, Kind, MemoryLog, Thread, nesting_order
 
-# Categories as written by torch 1.8 to 2.13, lower case; other categories are not read.
-KINDS = {
-    "cpu_op": int(Kind.OPERATOR),
-    "operator": int(Kind.OPERATOR),
-    "user_annotation": int(Kind.RANGE),
-    "cuda_runtime": int(Kind.LAUNCH),
-    "cuda_driver": int(Kind.LAUNCH),
-    "runtime": int(Kind.LAUNCH),
-    "hip_runtime": int(Kind.LAUNCH),
-    "xpu_runtime": int(Kind.LAUNCH),
-    "kernel": int(Kind.KERNEL),
-    "gpu_memcpy": int(Kind.MEMCPY),
-    "memcpy": int(Kind.MEMCPY),
-    "gpu_memset": int(Kind.MEMSET),
-    "memset": int(Kind.MEMSET),
-}
-_OPERATOR, _RANGE = int(Kind.OPERATOR), int(Kind.RANGE)  # enum look-ups are slow in a loop
 # Before torch 1.12 a record_function range came as an operator.
 OUR_RANGE = re.compile(r"(step|phase|layer|op):.")
 
-# A trace is text and shrinks about tenfold; what shrinks a hundredfold more is no trace.
-MAX_BYTES = 4 << 30
-MAX_RATIO = 200
-RATIO_FROM_BYTES = 64 << 20
-CHUNK = 1 << 20
-
-MAX_US = 9e15  # int64 nanoseconds end at 9.22e15 microseconds
 # A double holds 13 digits of microseconds to the nanosecond, and no more. Traces with
-# absolute times have 16, so theirs are quoted before parsing and read as decimal text.
-LONG_TIME = re.compile(rb'(?<!\\)("ts"\s*:\s*)(\d{14,}\.\d+)')
-LOOK_AT = 4 << 20  # the times of one trace are all alike
-CORRUPT = "is damaged; record it again"
+# absolute times have 16. The first of them are the same throughout (they change once in
+# eleven days) and are left out before parsing; where they are not the same, the times are
+# quoted and read as decimal text, which takes longer.
+LONG_TIME = re.compile(rb'("ts"\s*:\s*)(\d{14,}\.\d+)')
+TIME = b'"ts"'
+CHANGING_DIGITS = 12
+
+_entries = msgspec.json.Decoder(list[Entry])
+_document = msgspec.json.Decoder(Document)
 
 
 def read(path: Path) -> Events:
@@ -56,207 +51,225 @@ def read(path: Path) -> Events:
     Raises TraceError, in one line, when it cannot be opened, is truncated, is empty, or
     is no trace of torch.profiler.
     """
-    document = _parse(path, _bytes(path))
-    raw = document if isinstance(document, list) else None
-    if isinstance(document, dict):
-        raw = document.get("traceEvents")
-    if not isinstance(raw, list):
-        raise TraceError(
-            f"{path} is JSON but no trace: it has no traceEvents; name a trace.json(.gz)"
-        )
-    complete = [e for e in raw if isinstance(e, dict) and e.get("ph") == "X"]
-    kinds = [_kind(event) for event in complete]
-    known = [event for event, kind in zip(complete, kinds, strict=True) if kind != NONE]
-    if not known:
-        raise TraceError(f"{path} holds no operators and no kernels; profile at least one step")
-    kind = np.array([kind for kind in kinds if kind != NONE], np.int64)
-    return _table(path, known, kind, raw, document)
-
-
-def _bytes(path: Path) -> bytes:
+    _check_start(path)
+    collecting = gc.isenabled()
+    gc.disable()  # entries hold no cycles, and there are millions of them
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TraceError(f"cannot read {path}: {error.strerror}") from error
-    if data.startswith(b"\x1f\x8b"):
-        data = b"".join(_inflate(path, data))
-    if not data.strip():
+        columns, about = _columns(path)
+    finally:
+        if collecting:
+            gc.enable()
+    return _events(path, columns, about)
+
+
+def _check_start(path: Path) -> None:
+    text = stream.beginning(path).lstrip(b"\xef\xbb\xbf \t\r\n\0")
+    if not text:
         raise TraceError(f"{path} is empty; record it again")
-    return data
-
-
-def _inflate(path: Path, data: bytes) -> Iterator[bytes]:
-    """The decompressed file in pieces, never more than the limits above."""
-    total = 0
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-            while piece := file.read(CHUNK):
-                total += len(piece)
-                _check_size(path, total, len(data))
-                yield piece
-    except EOFError as error:
-        raise TraceError(f"{path} ends in the middle of its gzip; record it again") from error
-    except (OSError, zlib.error) as error:
-        raise TraceError(f"{path} {CORRUPT} ({error})") from error
-
-
-def _check_size(path: Path, total: int, compressed: int) -> None:
-    if total > MAX_BYTES:
-        raise TraceError(f"{path} expands past {MAX_BYTES >> 30} GiB; profile fewer steps")
-    if total > RATIO_FROM_BYTES and total > MAX_RATIO * compressed:
-        raise TraceError(f"{path} expands more than {MAX_RATIO}-fold; that is no trace")
-
-
-def _parse(path: Path, data: bytes) -> Any:
-    if data.startswith(b"SQLite format 3"):
+    if text.startswith(b"SQLite format 3"):
         raise TraceError(f"{path} is a database, not a Kineto trace")
-    if not data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+    if not text.startswith((b"{", b"[")):
         raise TraceError(f"{path} is not JSON; name a trace.json or trace.json.gz")
-    if LONG_TIME.search(data, 0, LOOK_AT):
-        data = LONG_TIME.sub(rb'\1"\2"', data)
+
+
+def _columns(path: Path) -> tuple[Columns, Document]:
     try:
-        return orjson.loads(data)
+        return _in_pieces(path, shorten=True)
+    except (_UnlikeTimesError, InexactTimesError):
+        return _in_pieces(path, shorten=False)
+
+
+def _in_pieces(path: Path, shorten: bool) -> tuple[Columns, Document]:
+    columns, parser, document = Columns(path, exact=not shorten), _Parser(shorten), None
+    try:
+        for document in stream.pieces(path, parser.read):
+            columns.add(document.entries)
+    except stream.UnreadableError:
+        document = None
+    if document is None:
+        columns, document = Columns(path, exact=True), _read_whole(path)
+        columns.add(document.entries)
+    return columns, document
+
+
+class _UnlikeTimesError(Exception):
+    """Long times do not all begin alike."""
+
+
+class _Parser:
+    """Reads the pieces of one trace; the first says whether times are too long for a double."""
+
+    def __init__(self, shorten: bool) -> None:
+        self._shorten = shorten
+        self._long: tuple[bytes, bytes] | None = None
+        self._begun = False
+
+    def read(self, text: bytes) -> Document:
+        """A list of entries, or a document. Raises ValueError for what is no JSON."""
+        if not self._shorten:
+            text = LONG_TIME.sub(rb'\1"\2"', text)
+        elif not self._begun:
+            self._begun = True
+            found = LONG_TIME.search(text)
+            if found:
+                key, digits = found.groups()
+                same = digits[: digits.index(b".") - CHANGING_DIGITS]
+                self._long = key + same, key + b"1"  # no number begins with 0
+        if self._long is not None:
+            text = _without_long_times(text, *self._long)
+        try:
+            if text.startswith(b"["):
+                return Document(_entries.decode(text))
+            return _document.decode(text)
+        except (msgspec.DecodeError, RecursionError):
+            # Types that vary, bare NaN, raw control characters, broken UTF-8: Kineto and
+            # those who write its format have done all of it.
+            return _loose(text)
+
+
+def _without_long_times(text: bytes, long: bytes, short: bytes) -> bytes:
+    if text.count(long) != text.count(TIME):
+        raise _UnlikeTimesError
+    return text.replace(long, short)
+
+
+def _loose(text: bytes) -> Document:
+    """The same with a parser that takes more. Raises ValueError for what is no JSON."""
+    try:
+        value = orjson.loads(text)
     except orjson.JSONDecodeError:
-        pass
-    # Kineto has written bare NaN, raw control characters and broken UTF-8 in its time; the
-    # slower parser of the standard library takes them.
+        try:
+            value = json.loads(text.decode("utf-8-sig", "replace"), strict=False)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+    about = value if isinstance(value, dict) else {}
+    raw = about.get("traceEvents") if about else value
+    if not isinstance(raw, list):
+        raise ValueError("no list of entries")
+    entries = [entry for entry in map(loosely, raw) if entry is not None]
+    return Document(entries, about.get("deviceProperties"), about.get("distributedInfo"))
+
+
+def _read_whole(path: Path) -> Document:
+    """The trace that cannot be read in pieces, or why it cannot be read at all."""
+    text = stream.whole(path)
     try:
-        return json.loads(data.decode("utf-8-sig", "replace"), strict=False)
+        return _Parser(shorten=False).read(text)
     except json.JSONDecodeError as error:
-        if error.pos >= len(error.doc.rstrip()) - 1 or not data.rstrip().endswith((b"}", b"]")):
+        if error.pos >= len(error.doc.rstrip()) - 1 or not text.rstrip().endswith((b"}", b"]")):
             raise TraceError(f"{path} ends in the middle of its JSON; record it again") from error
-        raise TraceError(f"{path} {CORRUPT} (line {error.lineno}: {error.msg})") from error
-    except (RecursionError, ValueError) as error:
-        raise TraceError(f"{path} {CORRUPT}") from error
+        why = f"line {error.lineno}: {error.msg}"
+        raise TraceError(f"{path} {stream.CORRUPT} ({why})") from error
+    except ValueError as error:
+        if "no list" in str(error):
+            raise TraceError(
+                f"{path} is JSON but no trace: it has no traceEvents; name a trace.json(.gz)"
+            ) from error
+        raise TraceError(f"{path} {stream.CORRUPT}") from error
 
 
-def _kind(event: dict[str, Any]) -> int:
-    kind = KINDS.get(str(event.get("cat")).lower(), NONE)
-    if kind == _OPERATOR and OUR_RANGE.match(str(event.get("name"))):
-        return _RANGE
-    return kind
-
-
-def _table(
-    path: Path, known: list[dict[str, Any]], kind: Ints, raw: list[Any], document: Any
-) -> Events:
-    start = _nanoseconds(path, [event.get("ts") for event in known])
-    # An event that was never closed has no duration, or a negative one.
-    duration = np.maximum(_nanoseconds(path, [event.get("dur", 0) for event in known]), 0)
-    on_device = (kind >= Kind.KERNEL).tolist()
-    threads, thread = number([(d, *_place(e)) for d, e in zip(on_device, known, strict=True)])
-    order = nesting_order(thread, start, start + duration, kind)
-    known = [known[i] for i in order.tolist()]
-    start, kind, thread = start[order], kind[order], thread[order]
-    names, name = number([str(event.get("name")) for event in known])
-    arguments = [_arguments(event) for event in known]
-    flows = _flows(path, raw, {place: i for i, place in enumerate(threads)})
+def _events(path: Path, columns: Columns, about: Document) -> Events:
+    table = columns.table("events")
+    if table is None:
+        raise TraceError(f"{path} holds no operators and no kernels; profile at least one step")
+    on_device = table["kind"] >= Kind.KERNEL
+    # A number may be a thread on the CPU and a stream on a device.
+    numbers, thread = np.unique(table["place"] * 2 + on_device, return_inverse=True)
+    places = [*columns.places]
+    names, name, kind = _names(columns.names, table["name"], table["kind"])
+    order = nesting_order(thread, table["start"], table["end"], kind)
+    table = Table({key: column[order] for key, column in table.columns.items()})
+    kind, name, thread, on_device = kind[order], name[order], thread[order], on_device[order]
+    zero = int(table["start"].min())
+    start = table["start"] - zero
     ids = links.Ids(
-        correlation=_ids(arguments, "correlation"),
-        external=_ids(arguments, "External id", "external id"),
-        sequence=_ids(arguments, "Sequence number"),
-        forward_thread=_ids(arguments, "Fwd thread id"),
+        *(table[key] for key in ("correlation", "external", "sequence", "forward_thread"))
     )
+    flows = {cat: _flows(columns.table(cat), numbers, zero, cat) for cat in FLOWS}
+    threads = tuple(_thread(places[n >> 1], bool(n & 1)) for n in numbers.tolist())
+    used = {threads[t].device for t in np.unique(thread[on_device]).tolist()}
     return Events(
         names=names,
         kind=kind,
         name=name,
-        start=start - start.min(),
-        end=start - start.min() + duration[order],
+        start=start,
+        end=table["end"] - zero,
         thread=thread,
         launch=links.launches(kind, thread, start, ids, flows["ac2g"]),
         forward=links.forwards(kind, thread, start, ids, flows["fwdbwd"]),
-        operands=np.full(len(known), NONE, np.int64),
-        bytes=np.full(len(known), NONE, np.int64),
-        threads=tuple(
-            Thread(tid, int(pid) if d and pid.isdecimal() else NONE) for d, pid, tid in threads
-        ),
-        signatures=(),
-        device=_device(document, [known[i] for i in np.flatnonzero(kind >= Kind.KERNEL)]),
+        operands=table["operands"],
+        bytes=table["bytes"],
+        threads=threads,
+        signatures=columns.operands(),
+        device=_device(about.devices, used) if on_device.any() else "cpu",
+        rank=_rank(about.distributed),
+        memory=_memory(columns.table("memory"), numbers, zero),
+        timeless=columns.timeless,
     )
 
 
-def _place(event: dict[str, Any]) -> tuple[str, str]:
-    return str(event.get("pid")), str(event.get("tid"))
+def _names(numbers: dict[str, int], name: Ints, kind: Ints) -> tuple[tuple[str, ...], Ints, Ints]:
+    """Names cut to a length that can be matched and shown; ranges of ours by their names."""
+    whole = [*numbers]
+    shorter = Numbers()
+    renumbered = np.array([shorter[text[:MAX_NAME]] for text in whole], np.int64)
+    name = renumbered[name]
+    ours = np.array([OUR_RANGE.match(text) is not None for text in shorter], np.bool_)
+    is_range = ours[name] & (kind == Kind.OPERATOR)
+    return tuple(shorter), name, np.where(is_range, int(Kind.RANGE), kind)
 
 
-def _arguments(event: dict[str, Any]) -> dict[str, Any]:
-    arguments = event.get("args")
-    return arguments if isinstance(arguments, dict) else {}
+def _thread(place: Place, on_device: bool) -> Thread:
+    pid, tid = place
+    number = _decimal(pid)
+    if not on_device:
+        return Thread(f"thread {tid}"[:80], NONE)
+    stream = f"{tid}"[:80].removeprefix("stream ")
+    return Thread(f"stream {stream}", 0 if number is None else number)
 
 
-def _nanoseconds(path: Path, values: Sequence[Any]) -> Ints:
-    """Microseconds, as numbers or as decimal text, in integer nanoseconds."""
-    if any(isinstance(value, str) for value in values):
-        return np.fromiter((_exact(path, value) for value in values), np.int64, len(values))
-    try:
-        micro = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"{path} has an event whose time is not a number") from error
-    if not (np.abs(micro) < MAX_US).all():
-        raise TraceError(f"{path} has an event whose time is out of range")
-    whole = np.floor(micro)
-    return whole.astype(np.int64) * 1000 + np.rint((micro - whole) * 1000).astype(np.int64)
+def _decimal(value: Any) -> int | None:
+    text = str(value)
+    return int(text) if text.isdecimal() and len(text) < 9 else None
 
 
-def _exact(path: Path, value: Any) -> int:
-    if not isinstance(value, str):
-        return int(_nanoseconds(path, [value])[0])
-    whole, _, fraction = value.partition(".")
-    if not (whole + fraction).isdecimal() or len(whole) > 15 + 1:
-        raise TraceError(f"{path} has an event whose time is not a number: {value[:40]!r}")
-    nanoseconds = int(whole) * 1000 + int((fraction + "000")[:3])
-    if nanoseconds >= MAX_US * 1000:
-        raise TraceError(f"{path} has an event whose time is out of range")
-    return nanoseconds
+def _flows(table: Table | None, numbers: Ints, zero: int, cat: str) -> links.Flows:
+    if table is None:
+        none = np.zeros(0, np.int64)
+        return links.Flows(none, none > 0, none, none)
+    out = table["out"] > 0
+    arrives_on_device = ~out if cat == "ac2g" else np.zeros(len(out), np.bool_)
+    return links.Flows(
+        identity=table["identity"],
+        out=out,
+        thread=_number_of(numbers, table["place"] * 2 + arrives_on_device),
+        time=table["time"] - zero,
+    )
 
 
-def _ids(arguments: Iterable[dict[str, Any]], *keys: str) -> Ints:
-    def one(found: dict[str, Any]) -> int:
-        for key in keys:
-            value = found.get(key)
-            if isinstance(value, int) and 0 <= value < 1 << 62:
-                return value
-        return NONE
-
-    return np.fromiter((one(found) for found in arguments), np.int64)
+def _number_of(numbers: Ints, places: Ints) -> Ints:
+    at = np.minimum(np.searchsorted(numbers, places), len(numbers) - 1)
+    return np.where(numbers[at] == places, at, NONE)
 
 
-def _flows(
-    path: Path, raw: list[Any], threads: dict[tuple[bool, str, str], int]
-) -> dict[str, links.Flows]:
-    """The arrows of the trace by kind: launch to kernel (ac2g), forward to backward (fwdbwd)."""
-    rows: dict[str, list[tuple[int, bool, int, Any]]] = {"ac2g": [], "fwdbwd": []}
-    for event in raw:
-        if not isinstance(event, dict) or event.get("ph") not in ("s", "f"):
-            continue
-        kind, identity = event.get("cat"), event.get("id")
-        if kind not in ("ac2g", "fwdbwd") or "ts" not in event:
-            continue
-        if isinstance(identity, int) and not abs(identity) >> 62:
-            out = event["ph"] == "s"
-            thread = threads.get((kind == "ac2g" and not out, *_place(event)), NONE)
-            rows[kind].append((identity, out, thread, event["ts"]))
-    return {
-        kind: links.Flows(
-            identity=np.array([row[0] for row in found], np.int64),
-            out=np.array([row[1] for row in found], np.bool_),
-            thread=np.array([row[2] for row in found], np.int64),
-            time=_nanoseconds(path, [row[3] for row in found]),
-        )
-        for kind, found in rows.items()
-    }
+def _memory(table: Table | None, numbers: Ints, zero: int) -> MemoryLog | None:
+    if table is None:
+        return None
+    order = np.argsort(table["time"], kind="stable")
+    columns = {key: column[order] for key, column in table.columns.items()}
+    thread = _number_of(numbers, columns.pop("place") * 2)
+    return MemoryLog(thread=thread, **columns | {"time": columns["time"] - zero})
 
 
-def _device(document: Any, ran: list[dict[str, Any]]) -> str:
-    """The name of the device that ran these kernels; `cpu` where there are none."""
-    used = {str(event.get("pid")) for event in ran}
-    if not used:
-        return "cpu"
-    listed = document.get("deviceProperties") if isinstance(document, dict) else None
+def _device(listed: Any, used: set[int]) -> str:
+    """The names of the devices that ran something."""
     names = {
         str(device["name"])
         for device in (listed if isinstance(listed, list) else [])
-        if isinstance(device, dict) and "name" in device and str(device.get("id")) in used
+        if isinstance(device, dict) and "name" in device and _decimal(device.get("id")) in used
     }
     return ", ".join(sorted(names)) or "unknown device"
+
+
+def _rank(distributed: Any) -> int | None:
+    return _decimal(distributed.get("rank")) if isinstance(distributed, dict) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peftprof.trace.events import NONE, Bools, Ints, Kind
+from peftprof.trace.events import NONE, Bools, Ints, Kind, one_key
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,16 @@ def _arrows(
 
 
 def _touched(thread: Ints, start: Ints, rows: Ints, flows: Flows, which: Bools) -> Ints:
+    """The row that starts on the thread and at the time of each end, else NONE."""
+    if not len(rows) or not which.any():
+        return np.full(int(which.sum()), NONE, np.int64)
+    key = one_key(
+        np.append(thread[rows], flows.thread[which]), np.append(start[rows], flows.time[which])
+    )
+    events, ends = key[: len(rows)], key[len(rows) :]
     # The innermost of several events that start together comes last in row order.
-    events = {
-        (t, s): row
-        for t, s, row in zip(
-            thread[rows].tolist(), start[rows].tolist(), rows.tolist(), strict=True
-        )
-    }
-    ends = zip(flows.thread[which].tolist(), flows.time[which].tolist(), strict=True)
-    return np.fromiter((events.get(end, NONE) for end in ends), np.int64)
+    at = np.maximum(np.searchsorted(events, ends, side="right") - 1, 0)
+    return np.where(events[at] == ends, rows[at], NONE)
 
 
 def _fill(found: Ints, rows: Ints, values: Ints) -> None:

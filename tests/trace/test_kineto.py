@@ -1,11 +1,14 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from peftprof.errors import PeftprofError, TraceError
-from peftprof.trace import kineto, load
+from peftprof.trace import kineto, load, stream
+from peftprof.trace.attribute import attribute
 from peftprof.trace.events import NONE, Kind
 from tests.trace.build import CPU, GPU, MAIN, Trace
 
@@ -102,16 +105,6 @@ def damaged() -> dict[str, bytes]:
     packed = gzip.compress(good * 50)
     empty_step = Trace()
     empty_step.range("step:0", 0, 1000)
-    outside = Trace()
-    outside.range("step:0", 0, 1000)
-    outside.op("aten::mm", 2000, 3000)
-    stepless = Trace()
-    stepless.op("aten::mm", 0, 1000)
-    instant = Trace()
-    instant.range("step:0", 5, 5)
-    instant.op("aten::mm", 0, 10)
-    unlaunched = step_with_one_op()
-    unlaunched.kernel("gemm", 0, 900, launched=None)
     lost = step_with_one_op()
     lost.add("cuda_runtime", "cudaLaunchKernel", 200, 250, correlation=1)
     return {
@@ -132,14 +125,9 @@ def damaged() -> dict[str, bytes]:
         "list of numbers": b"[1, 2, 3]",
         "events no list": b'{"traceEvents": 7}',
         "no events": b'{"traceEvents": []}',
-        "no steps": stepless.text().encode(),
-        "step of no length": instant.text().encode(),
-        "nothing in the steps": outside.text().encode(),
         "only a step": empty_step.text().encode(),
-        "kernels without launches": unlaunched.text().encode(),
         "launches without kernels": lost.text().encode(),
         "time of text": good.replace(b"0.1", b'"soon"'),
-        "time of null": good.replace(b'"ts": 0.0', b'"ts": null'),
         "huge time": good.replace(b'"ts": 0.0', b'"ts": 1e300'),
         "huge integer": good.replace(b'"ts": 0.0', b'"ts": ' + b"9" * 40),
         "huge text": good.replace(b'"ts": 0.0', b'"ts": ' + b"9" * 30 + b".5"),
@@ -160,14 +148,98 @@ def test_a_damaged_file_gives_one_clear_line(tmp_path: Path, what: str) -> None:
     assert 20 < len(message) - len(str(path)) < 200
 
 
+def without_steps() -> dict[str, Trace]:
+    outside = Trace()
+    outside.range("step:0", 0, 1000)
+    outside.op("aten::mm", 2000, 3000)
+    stepless = Trace()
+    stepless.op("aten::mm", 0, 1000)
+    instant = Trace()
+    instant.range("step:0", 5, 5)
+    instant.op("aten::mm", 0, 10)
+    unlaunched = step_with_one_op()
+    unlaunched.kernel("gemm", 0, 900, launched=None)
+    return {"none": stepless, "no length": instant, "empty": outside, "no launches": unlaunched}
+
+
+@pytest.mark.parametrize("what", without_steps())
+def test_a_trace_without_steps_is_read_as_one(tmp_path: Path, what: str) -> None:
+    (found,) = load([without_steps()[what].write(tmp_path)]).breakdowns
+    assert found.steps_by == "whole trace"
+    assert found.steps == 1
+    assert [row.category for row in found.rows] == ["base_gemm"]
+    total = sum(row.ns for row in found.rows) + found.idle_ns + found.unattributed_ns
+    assert total == found.step_ns.median > 0
+
+
+def test_an_event_without_a_time_is_left_out_and_counted(tmp_path: Path) -> None:
+    trace = step_with_one_op()
+    trace.op("aten::mm", 1, 2)
+    trace.events[-1]["ts"] = None
+    (found,) = load([trace.write(tmp_path)]).breakdowns
+    assert found.notes == ("1 events say no time and were left out.",)
+
+
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.json.gz"
-    path.write_bytes(gzip.compress(b"[" + b" " * (kineto.RATIO_FROM_BYTES + kineto.CHUNK)))
-    with pytest.raises(TraceError, match="200-fold"):
+    path.write_bytes(gzip.compress(b"[" + b" " * (stream.RATIO_FROM_BYTES + stream.BLOCK)))
+    with pytest.raises(TraceError, match="300-fold"):
         kineto.read(path)
-    monkeypatch.setattr(kineto, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(stream, "MAX_BYTES", 1 << 20)
     with pytest.raises(TraceError, match="expands past"):
         kineto.read(path)
+
+
+LONG = 1_682_725_898_237_042_456
+
+
+@pytest.mark.parametrize("shift", [0, 10**18])
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_trace_in_many_pieces_is_the_same_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compact: bool, shift: int
+) -> None:
+    """Cut at every chance; with braces in names, lists of objects, and times of 16 digits."""
+    trace = Trace()
+    for n in range(200):
+        at = n * 1000
+        trace.range(f"step:{n}", at, at + 900)
+        trace.add("cpu_op", 'a}, {"ph": "X"},{', at + 1, at + 100, odd=[{"a": {}}, {"b": [{}]}])
+        trace.kernel("gemm", at + 300 + n % 7, at + 500, at + 50)
+    document = trace.document | {"traceEvents": trace.events, "after": [{"ph": "X"}, {"a": 1}]}
+    path = tmp_path / "t.json"
+    text = json.dumps(
+        document, separators=(",", ":") if compact else None, indent=None if compact else 2
+    )
+
+    def absolute(found: re.Match[str]) -> str:
+        ns = LONG + shift + round(float(found[2]) * 1000)
+        return f"{found[1]}{ns // 1000}.{ns % 1000:03}"
+
+    path.write_text(re.sub(r'("ts": ?)([0-9.]+)', absolute, text))
+    whole = attribute(kineto.read(path))
+    for size in (1, 7, 500, 4096):
+        monkeypatch.setattr(stream, "BLOCK", size)
+        pieces = attribute(kineto.read(path))
+        assert (pieces.events.start == whole.events.start).all()
+        assert (pieces.events.launch == whole.events.launch).all()
+        assert pieces.events.names == whole.events.names
+        assert (pieces.pieces.ns == whole.pieces.ns).all()
+    assert (
+        np.diff(np.unique(whole.events.start[whole.events.kind == Kind.RANGE])).tolist()
+        == [1000] * 199
+    )
+
+
+def test_long_times_that_do_not_begin_alike_are_read_exactly(tmp_path: Path) -> None:
+    trace = step_with_one_op()
+    text = trace.text().replace('"ts": 0.0', '"ts": 1999999999999999.999')
+    path = tmp_path / "t.json"
+    path.write_text(text.replace('"ts": 0.1', '"ts": 2000000000000000.002'))
+    events = kineto.read(path)
+    assert events.start.tolist() == [0, 3]
+    late = text.replace('"ts": 1999999999999999.999', '"pad": "' + "x" * 300_000 + '", "ts": 5')
+    path.write_text(late.replace('"ts": 0.1', '"ts": 4000000000000000.007'))
+    assert kineto.read(path).start.tolist() == [0, 4_000_000_000_000_000_007 - 5000]
 
 
 def test_a_missing_or_unreadable_file(tmp_path: Path) -> None:
