@@ -112,8 +112,9 @@ class Communication:
 class Totals:
     """The whole trace, not only its steps: unions of device time from first to last event.
 
-    busy + idle = span. compute, communication and memory (copies and fills) are each a
-    union of their own, so where they overlap they add up to more than busy.
+    busy + idle = span. compute, communication (kernels of collectives, by their own names)
+    and memory (copies and fills) are each a union of their own, so where they overlap they
+    add up to more than busy.
     On a CPU trace the device is the stepping thread and all work is compute.
     """
 

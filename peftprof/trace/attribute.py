@@ -10,31 +10,29 @@ import numpy as np
 from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.errors import TraceError
 from peftprof.trace import rules, steps
+from peftprof.trace.context import OTHER, Context, first, surroundings
 from peftprof.trace.events import NONE, Bools, Events, Ints, Kind
-from peftprof.trace.nesting import Segments, Tree, launch_free, nest
+from peftprof.trace.idle import causes
+from peftprof.trace.nesting import Segments, Tree, launch_free
 from peftprof.trace.rules import Reach, Rules
-from peftprof.trace.steps import Steps
-from peftprof.trace.sweep import Cover, Pieces, Windows, cut, share_out
+from peftprof.trace.sweep import Cover, Pieces, Windows, cut, share_out, table
 
-BACKWARD = PHASES.index("backward")
-OPTIMIZER = PHASES.index("optimizer")
-OTHER = PHASES.index("other")
-HEAD_LOSS = CATEGORIES.index("head_loss")
-OPTIMIZER_CATEGORY = CATEGORIES.index("optimizer")
+COMMUNICATION = CATEGORIES.index("communication")
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What each event (row) is. NONE: no category, no layer, no operator.
+    """What each event (row) is. NONE: no category, no layer, no operator, no rule.
 
     `category` numbers CATEGORIES; `layer` is a name's number; `shown` is the event whose
-    name the work goes by.
+    name the work goes by; `rule` numbers `Rules.labels`.
     """
 
     phase: Ints
     category: Ints
     layer: Ints
     shown: Ints
+    rule: Ints
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,28 @@ class Calls:
 
 
 @dataclass(frozen=True)
+class Idle:
+    """The stretches in which nothing ran, the step of each, and why.
+
+    `cause` numbers IDLE_CAUSES; NONE on a CPU, where no device waits for anything.
+    """
+
+    step: Ints
+    start: Ints
+    end: Ints
+    cause: Ints
+
+
+@dataclass(frozen=True)
 class Attribution:
     """Where the time of each step went.
 
-    `pieces` and `idle_ns` [step, phase] sum to the windows exactly. `calls` are all
-    operators or device events; `entries` are those, or ranges of ours, at which work enters
-    its phase and category. `overlap_ns` is time in which further work ran beside what was
-    counted.
+    `pieces` and `idle` sum to the windows exactly; `idle_ns` is [step, phase]. `calls` are
+    all operators or device events; `entries` are those, or ranges of ours, at which work
+    enters its phase and category. `overlap_ns` is time in which further work ran beside
+    what was counted. `collective` are the kernels that only talk to other devices, by their
+    own names. `work` is everything that ran, overlapping as it did, in the whole
+    trace; `steps_by` says what was taken for a step.
     """
 
     events: Events
@@ -61,77 +74,96 @@ class Attribution:
     pieces: Pieces
     calls: Calls
     entries: Calls
+    idle: Idle
     idle_ns: Ints
     overlap_ns: Ints
+    collective: Bools
+    work: Segments
+    tree: Tree
+    labels: tuple[str, ...]
+    steps_by: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """The nesting of a trace's CPU events, and of each event (row) what Meaning says."""
+
+    tree: Tree
+    meaning: Meaning
 
 
 def attribute(events: Events, ruleset: Rules | None = None) -> Attribution:
-    """Attribute the trace's time. Raises TraceError when it has no steps or nothing in them."""
+    """Attribute the trace's time. Raises TraceError where there is nothing in it."""
     ruleset = ruleset or rules.load()
-    found = steps.find(events)
     if events.on_device.any():
-        return _device(events, found, ruleset)
+        return _device(events, ruleset)
     if any("LaunchKernel" in name for name in _names_of(events, Kind.LAUNCH)):
         raise TraceError(
             "the trace has kernel launches but no kernels: the profiler could not record the "
             "device; is another profiler attached?"
         )
-    return _cpu(launch_free(events), found, ruleset)
+    return _cpu(launch_free(events), ruleset)
+
+
+def describe(events: Events, ruleset: Rules | None = None) -> Described:
+    """What each CPU event of the trace is, without asking when anything ran."""
+    ruleset = ruleset or rules.load()
+    context = surroundings(events, next(steps.candidates(events, ruleset)), ruleset)
+    return Described(context.tree, _meaning(context, ruleset))
+
+
+def _meaning(context: Context, ruleset: Rules) -> Meaning:
+    rule = context.rule
+    return Meaning(context.phase, ruleset.category_of[rule], context.layer, context.operator, rule)
 
 
 def _names_of(events: Events, kind: Kind) -> list[str]:
     return [events.names[i] for i in np.unique(events.name[events.kind == kind])]
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What the ranges and operators round each CPU event say of it."""
-
-    tree: Tree
-    phase: Ints
-    layer: Ints
-    operator: Ints  # row of the innermost operator, itself included
-    names_category: Bools  # a range that names a category
-    ranged: Ints  # category by the innermost such range
-    before: Ints  # by the forward's range, head, optimizer, operators that own what is under them
-    after: Ints  # by the rules of the innermost operator
-    python: Bools  # in the Python body of an autograd.Function, no operator running
-
-
-def _cpu(events: Events, found: Steps, ruleset: Rules) -> Attribution:
-    context = _context(events, found, ruleset)
-    category = _first(context.ranged, context.before, context.after)
-    meaning = Meaning(context.phase, category, context.layer, context.operator)
-
+def _cpu(events: Events, ruleset: Rules) -> Attribution:
+    for found in steps.candidates(events, ruleset):
+        context = surroundings(events, found, ruleset)
+        running = _running(events, context)
+        own = events.thread[running.row] == found.thread
+        pieces, cover = share_out([running[own], running[~own]], found.windows)
+        if len(pieces.ns):
+            break
+    else:
+        raise TraceError("no operator runs in the trace; was the profiler active?")
+    meaning = _meaning(context, ruleset)
     innermost = context.tree.innermost
-    running = _running(events, context)
-    own = events.thread[running.row] == found.thread
-    pieces, cover = share_out([running[own], running[~own]], found.windows)
-    if not len(pieces.ns):
-        raise TraceError("no operator runs in the trace's steps; was the profiler active?")
-
+    count = len(found.windows)
     step, free = cut(innermost[events.thread[innermost.row] == found.thread], found.windows)
-    idle = _table(step, context.phase[free.row], cover.free(free), len(found.windows))
-
-    overlap = _overlap(running, pieces, found.windows)
-    calls = (events.kind == Kind.OPERATOR) & ~context.python
+    idle_ns = table(step, context.phase[free.row], cover.free(free), count, len(PHASES))
+    # Nothing at all was recorded of the rest.
+    busy = table(pieces.step, pieces.step * 0, pieces.ns, count, 1)[:, 0]
+    idle_ns[:, OTHER] += found.windows.length - busy - idle_ns.sum(axis=1)
+    gap_step, gaps = cut(_gaps(cover, found.windows), found.windows)
+    is_call = (events.kind == Kind.OPERATOR) & ~context.python
     return Attribution(
         events=events,
         meaning=meaning,
         windows=found.windows,
         pieces=pieces,
-        calls=_in_steps(events, found.windows, calls),
-        entries=_in_steps(events, found.windows, _entries(events, context, meaning, calls)),
-        idle_ns=idle,
-        overlap_ns=overlap,
+        calls=_in_steps(events, found.windows, is_call),
+        entries=_in_steps(events, found.windows, _entries(context, meaning, is_call)),
+        idle=Idle(gap_step, gaps.start, gaps.end, np.full(len(gaps), NONE, np.int64)),
+        idle_ns=idle_ns,
+        overlap_ns=_overlap(running, pieces, found.windows),
+        collective=np.zeros(len(events), np.bool_),
+        work=running,
+        tree=context.tree,
+        labels=ruleset.labels,
+        steps_by=found.by,
     )
 
 
-def _entries(events: Events, context: _Context, meaning: Meaning, calls: Bools) -> Bools:
+def _entries(context: Context, meaning: Meaning, is_call: Bools) -> Bools:
     """Which operators, or ranges that name a category, are not part of one of the same."""
-    counted = calls | context.names_category
+    counted = is_call | context.names_category
     around = context.tree.above(
-        context.tree.inherit(np.where(counted, np.arange(len(events)), NONE))
+        context.tree.inherit(np.where(counted, np.arange(len(counted)), NONE))
     )
     same_category = meaning.category[around] == meaning.category
     same_phase = meaning.phase[around] == meaning.phase
@@ -145,7 +177,7 @@ def _in_steps(events: Events, windows: Windows, chosen: Bools) -> Calls:
     return Calls(rows[step != NONE], step[step != NONE])
 
 
-def _running(events: Events, context: _Context) -> Segments:
+def _running(events: Events, context: Context) -> Segments:
     """The stretches in which an operator runs, by what is innermost then."""
     innermost = context.tree.innermost
     operator = context.operator[innermost.row]
@@ -155,21 +187,22 @@ def _running(events: Events, context: _Context) -> Segments:
     return Segments(innermost.start, end, innermost.row)[runs]
 
 
-def _device(events: Events, found: Steps, ruleset: Rules) -> Attribution:
-    context = _context(events, found, ruleset)
-    device = events.on_device
-    host = events.launch
+def _device(events: Events, ruleset: Rules) -> Attribution:
+    device, host = events.on_device, events.launch
     launched = device & (host != NONE)
-    step = np.where(launched, found.of_launch(events.start[host]), NONE)
-    if not (step != NONE).any():
-        raise TraceError("no kernel was launched in the trace's steps; profile whole steps")
+    for found in steps.candidates(events, ruleset):
+        step = np.where(launched, found.of_launch(events.start[host]), NONE)
+        if found.by == steps.WHOLE or (step != NONE).any():
+            break
+    context = surroundings(events, found, ruleset)
     windows, step = steps.device_windows(events, found, step)
-
+    rule, collective = _kernel_rules(events, context, ruleset)
     meaning = Meaning(
-        phase=np.where(launched, context.phase[host], OTHER),
-        category=_kernel_category(events, context, ruleset),
-        layer=np.where(launched, context.layer[host], NONE),
+        phase=np.where(device, np.where(launched, context.phase[host], OTHER), context.phase),
+        category=ruleset.category_of[rule],
+        layer=np.where(device, np.where(launched, context.layer[host], NONE), context.layer),
         shown=np.arange(len(events)),
+        rule=rule,
     )
     rows = np.flatnonzero(device)
     work = Segments(events.start[rows], events.end[rows], rows)
@@ -179,7 +212,7 @@ def _device(events: Events, found: Steps, ruleset: Rules) -> Attribution:
     # The gap before an event waits for it; at the end of a window it waits for the next step.
     at_end = gaps.end == windows.end[gap_step]
     waiting = np.where(at_end | (gaps.row == NONE), OTHER, meaning.phase[gaps.row])
-    idle = _table(gap_step, waiting, gaps.end - gaps.start, len(windows))
+    idle_ns = table(gap_step, waiting, gaps.end - gaps.start, len(windows), len(PHASES))
 
     call_step = np.where(launched, step, windows.holding(events.start))
     called = rows[call_step[rows] != NONE]
@@ -191,15 +224,21 @@ def _device(events: Events, found: Steps, ruleset: Rules) -> Attribution:
         pieces=pieces,
         calls=calls,
         entries=calls,
-        idle_ns=idle,
+        idle=Idle(gap_step, gaps.start, gaps.end, causes(events, context, ruleset, gaps)),
+        idle_ns=idle_ns,
         overlap_ns=_overlap(work, pieces, windows),
+        collective=collective,
+        work=work,
+        tree=context.tree,
+        labels=ruleset.labels,
+        steps_by=found.by,
     )
 
 
 def _device_groups(events: Events, meaning: Meaning, work: Segments) -> list[Segments]:
     """Compute, communication, copies: who is counted where streams overlap, in this order."""
     copies = events.kind[work.row] != Kind.KERNEL
-    talks = meaning.category[work.row] == CATEGORIES.index("communication")
+    talks = meaning.category[work.row] == COMMUNICATION
     return [work[~copies & ~talks], work[~copies & talks], work[copies]]
 
 
@@ -212,125 +251,31 @@ def _gaps(cover: Cover, windows: Windows) -> Segments:
     return gaps[gaps.start < gaps.end]
 
 
-def _context(events: Events, found: Steps, ruleset: Rules) -> _Context:
-    tree = nest(events)
-    is_range, is_operator = events.kind == Kind.RANGE, events.kind == Kind.OPERATOR
-    rows = np.arange(len(events))
-    by_name = _range_names(events, ruleset)
-    phase = tree.inherit(np.where(is_range, by_name[0][events.name], NONE))
-    own_range = np.where(is_range, by_name[1][events.name], NONE)
-    in_range = tree.inherit(own_range)
-    layer_name = np.where(by_name[2], np.arange(len(events.names)), NONE)
-    layer = tree.inherit(np.where(is_range, layer_name[events.name], NONE))
-    head = np.where((layer != NONE) & by_name[3][layer], HEAD_LOSS, NONE)
-
-    operator = tree.inherit(np.where(is_operator, rows, NONE))
-    own = _operator_rules(events, tree, operator, is_operator, ruleset)
-    first = tree.inherit(own[Reach.FIRST])
-    within = tree.inherit(own[Reach.WITHIN], outermost=True)
-    named = np.where(own[Reach.OWN] != NONE, own[Reach.OWN], own[Reach.WITHIN])
-    python = (own[Reach.OWN] == rules.IDLE)[operator] & (operator != NONE)
-    enclosing = tree.inherit(np.where(named == rules.IDLE, NONE, named))
-
-    forward = tree.inherit(events.forward)
-
-    def linked(values: Ints) -> Ints:
-        return np.where(forward != NONE, values[forward], NONE)
-
-    phase = _complete_phase(events, found, tree, phase)
-    optimizer = np.where(phase == OPTIMIZER, OPTIMIZER_CATEGORY, NONE)
-    return _Context(
-        tree=tree,
-        phase=phase,
-        layer=_first(layer, linked(layer)),
-        operator=operator,
-        names_category=own_range != NONE,
-        ranged=in_range,
-        before=_first(
-            first, linked(in_range), head, linked(head), optimizer, within, linked(within)
-        ),
-        after=_first(enclosing, linked(enclosing), own[Reach.INHERIT], linked(own[Reach.INHERIT])),
-        python=python,
-    )
-
-
-def _first(*columns: Ints) -> Ints:
-    """The first value that is not NONE, row by row."""
-    found = columns[0]
-    for column in columns[1:]:
-        found = np.where(found != NONE, found, column)
-    return found
-
-
-def _range_names(events: Events, ruleset: Rules) -> tuple[Ints, Ints, Bools, Bools]:
-    """By name: the phase, the category, whether it is a layer, whether it is the head."""
-    used = set(_names_of(events, Kind.RANGE))
-    matches = [
-        next((r for r in ruleset.ranges if name in used and r.match.fullmatch(name)), None)
-        for name in events.names
-    ]
-    phase = np.array([r.phase if r else NONE for r in matches], np.int64)
-    category = np.array([r.category if r else NONE for r in matches], np.int64)
-    layer = np.array([bool(ruleset.layer.fullmatch(n)) for n in events.names], np.bool_)
-    head = np.array([bool(ruleset.head.fullmatch(n)) for n in events.names], np.bool_)
-    return phase, category, layer, head
-
-
-def _operator_rules(
-    events: Events, tree: Tree, operator: Ints, is_operator: Bools, ruleset: Rules
-) -> dict[Reach, Ints]:
-    """By reach, the category that each operator's own rule gives it."""
-    above = tree.above(operator)
-    parent = np.where(above != NONE, events.name[above], NONE)
-    pairs = np.stack([events.name[is_operator], parent[is_operator]], axis=1)
-    unique, which = np.unique(pairs, axis=0, return_inverse=True)
-    matched = rules.match(
-        ruleset.operators,
-        [(events.names[n], events.names[p] if p != NONE else "") for n, p in unique.tolist()],
-    )
-    result = {}
-    for reach in (Reach.FIRST, Reach.OWN, Reach.WITHIN, Reach.INHERIT):
-        result[reach] = np.full(len(events), NONE, np.int64)
-        result[reach][is_operator] = matched.only(reach)[which.reshape(-1)]
-    return result
-
-
-def _complete_phase(events: Events, found: Steps, tree: Tree, phase: Ints) -> Ints:
-    """Without a phase range round it, work of the autograd engine is backward, all else other."""
-    engine_name = np.array([name.startswith(rules.ENGINE) for name in events.names], np.bool_)
-    engine = engine_name[events.name] & (events.kind == Kind.OPERATOR)
-    under = tree.inherit(np.where(engine, BACKWARD, NONE))
-    threads = np.setdiff1d(events.thread[engine], found.thread)
-    on_engine_thread = np.where(np.isin(events.thread, threads), BACKWARD, OTHER)
-    return _first(phase, under, on_engine_thread)
-
-
-def _kernel_category(events: Events, context: _Context, ruleset: Rules) -> Ints:
-    matched = rules.match(ruleset.kernels, [(name, "") for name in events.names])
-    first, own, last = (
-        matched.only(reach)[events.name] for reach in (Reach.FIRST, Reach.OWN, Reach.LAST)
-    )
+def _kernel_rules(events: Events, context: Context, ruleset: Rules) -> tuple[Ints, Bools]:
+    """The rule of each device event, of each CPU event that of its context; the collectives."""
+    used = np.unique(events.name[events.on_device])
+    matched = rules.match(ruleset.kernels, [(events.names[i], "") for i in used.tolist()])
     host = events.launch
+
+    def by_name(reach: Reach) -> Ints:
+        of_name = np.full(len(events.names), NONE, np.int64)
+        of_name[used] = matched.only(reach)
+        return of_name[events.name]
 
     def from_host(values: Ints) -> Ints:
         return np.where(host != NONE, values[host], NONE)
 
-    category = _first(
+    surely = by_name(Reach.FIRST)
+    rule = first(
         from_host(context.ranged),
-        first,
+        surely,
         from_host(context.before),
-        own,
+        by_name(Reach.OWN),
         from_host(context.after),
-        last,
+        by_name(Reach.LAST),
     )
-    return np.where(events.on_device, category, NONE)
-
-
-def _table(step: Ints, phase: Ints, ns: Ints, count: int) -> Ints:
-    """Sums of `ns` as [step, phase]."""
-    flat = np.zeros(count * len(PHASES), np.int64)
-    np.add.at(flat, step * len(PHASES) + phase, ns)
-    return flat.reshape(count, len(PHASES))
+    collective = events.on_device & (ruleset.category_of[surely] == COMMUNICATION)
+    return np.where(events.on_device, rule, context.rule), collective
 
 
 def _overlap(work: Segments, pieces: Pieces, windows: Windows) -> Ints:

@@ -1,17 +1,30 @@
-"""An attributed trace as a `records.Breakdown`: medians over steps that add up."""
+"""An attributed trace as a `Breakdown`: medians over steps that add up."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peftprof.breakdowns import CATEGORIES, PHASES, Breakdown, Operator, Row, Spread
+from peftprof.breakdowns import (
+    CATEGORIES,
+    IDLE_CAUSES,
+    PHASES,
+    Breakdown,
+    Communication,
+    Layer,
+    Operator,
+    Placed,
+    Row,
+    Spread,
+    Totals,
+)
 from peftprof.errors import TraceError
-from peftprof.trace.attribute import Attribution
-from peftprof.trace.events import NONE, Ints
+from peftprof.trace.attribute import COMMUNICATION, Attribution
+from peftprof.trace.events import NONE, Ints, Kind
+from peftprof.trace.sweep import Cover, cut
 
 OPERATORS = 200  # kept in a breakdown; the rest is in its rows
+FORWARD, BACKWARD = PHASES.index("forward"), PHASES.index("backward")
 
 Floats = NDArray[np.float64]
 
@@ -28,6 +41,7 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
     unattributed = float(typical[count : count + len(PHASES)].sum())
     idle = typical[count + len(PHASES) :]
     shown = _operators(found, float(windows.mean()))
+    whole = _whole_rules(found)
     return Breakdown(
         name=name,
         source=source,
@@ -41,25 +55,34 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
         overlap_ns=float(np.median(found.overlap_ns)),
         operators=tuple(shown[:OPERATORS]),
         unattributed_operators=tuple(o for o in shown if o.category == "unattributed")[:OPERATORS],
+        idle_by_cause_ns=_idle_by_cause(found, float(idle.sum())),
+        steps_by=found.steps_by,
+        rank=found.events.rank,
+        rules=whole,
+        layers=tuple(_layers(found, float(windows.mean()))),
+        communication=_communication(found),
+        totals=_totals(found),
+        notes=tuple(_notes(found)),
     )
 
 
 def _parts(found: Attribution) -> Floats:
     """Nanoseconds as [step, part]: phase x category, unattributed by phase, idle by phase."""
-    category = found.meaning.category[found.pieces.row]
-    phase = found.meaning.phase[found.pieces.row]
     columns = len(PHASES) * (len(CATEGORIES) + 1)
-    known = phase * len(CATEGORIES) + category
-    unknown = len(PHASES) * len(CATEGORIES) + phase
-    part = np.where(category == NONE, unknown, known)
-    busy = _sums(found.pieces.step, part, found.pieces.ns, len(found.windows), columns)
+    flat = np.bincount(
+        found.pieces.step * columns + _part(found, found.pieces.row),
+        weights=found.pieces.ns,
+        minlength=len(found.windows) * columns,
+    )
+    busy = flat.reshape(len(found.windows), columns)
     return np.concatenate([busy, found.idle_ns], axis=1)
 
 
-def _sums(step: Ints, part: Ints, values: Ints, rows: int, columns: int) -> Floats:
-    flat = np.zeros(rows * columns)
-    np.add.at(flat, step * columns + part, values)
-    return flat.reshape(rows, columns)
+def _part(found: Attribution, row: Ints) -> Ints:
+    """Each event's phase x category; behind them all the unattributed, by phase."""
+    category, phase = found.meaning.category[row], found.meaning.phase[row]
+    unknown = len(PHASES) * len(CATEGORIES) + phase
+    return np.where(category == NONE, unknown, phase * len(CATEGORIES) + category)
 
 
 def _typical(parts: Floats, total: float) -> tuple[Floats, float]:
@@ -71,13 +94,16 @@ def _typical(parts: Floats, total: float) -> tuple[Floats, float]:
     return typical * factor, factor
 
 
-def _rows(found: Attribution, parts: Floats, typical: Floats, total: float) -> Iterable[Row]:
-    known = found.meaning.category[found.entries.row] != NONE
-    row, step = found.entries.row[known], found.entries.step[known]
-    part = found.meaning.phase[row] * len(CATEGORIES) + found.meaning.category[row]
+def _rows(found: Attribution, parts: Floats, typical: Floats, total: float) -> Iterator[Row]:
     columns = len(PHASES) * len(CATEGORIES)
-    counts = _sums(step, part, np.ones_like(step), len(found.windows), columns)
-    for i in np.flatnonzero(parts[:, :columns].any(axis=0)):
+    part = _part(found, found.entries.row)
+    known = part < columns
+    counts = np.bincount(
+        found.entries.step[known] * columns + part[known],
+        minlength=len(found.windows) * columns,
+    ).reshape(len(found.windows), columns)
+    rules = _rules(found, _part(found, found.pieces.row))
+    for i in np.flatnonzero(parts[:, :columns].any(axis=0)).tolist():
         yield Row(
             phase=PHASES[i // len(CATEGORIES)],
             category=CATEGORIES[i % len(CATEGORIES)],
@@ -86,38 +112,143 @@ def _rows(found: Attribution, parts: Floats, typical: Floats, total: float) -> I
             count=float(np.median(counts[:, i])),
             min_ns=float(parts[:, i].min()),
             max_ns=float(parts[:, i].max()),
+            rules=rules.get(i, ()),
         )
 
 
-@dataclass
-class _Sum:
-    ns: float = 0.0
-    count: float = 0.0
+def _rules(found: Attribution, part: Ints) -> dict[int, tuple[Placed, ...]]:
+    """For each part the rules that placed its time, by their share of it."""
+    width = len(found.labels)
+    rule = found.meaning.rule[found.pieces.row] % width  # the last label is for no rule
+    sums = np.bincount(part * width + rule, weights=found.pieces.ns)
+    placed: dict[int, list[tuple[int, float]]] = {}
+    for key in np.flatnonzero(sums).tolist():
+        placed.setdefault(key // width, []).append((key % width, float(sums[key])))
+    return {part: _shares(found, rules) for part, rules in placed.items()}
+
+
+def _whole_rules(found: Attribution) -> tuple[Placed, ...]:
+    """The rules that placed the busy time of all steps, no rule for the unattributed."""
+    return _rules(found, np.zeros(len(found.pieces.row), np.int64)).get(0, ())
+
+
+def _shares(found: Attribution, rules: list[tuple[int, float]]) -> tuple[Placed, ...]:
+    total = sum(ns for _, ns in rules)
+    ordered = sorted(rules, key=lambda rule: (-rule[1], rule[0]))
+    return tuple(Placed(found.labels[rule] or "no rule", ns / total) for rule, ns in ordered)
 
 
 def _operators(found: Attribution, step_ns: float) -> list[Operator]:
     """Every operator or kernel name by category, the longest self time first."""
     meaning, events, steps = found.meaning, found.events, len(found.windows)
     width = len(CATEGORIES) + 1  # the last place is for NONE
-    sums: dict[int, _Sum] = {}
-    shown = events.name[meaning.shown[found.pieces.row]]
-    keys = shown * width + meaning.category[found.pieces.row] % width
-    for key, ns in zip(*_grouped(keys, found.pieces.ns), strict=True):
-        sums.setdefault(key, _Sum()).ns = ns / steps
-    keys = events.name[found.calls.row] * width + meaning.category[found.calls.row] % width
-    for key, count in zip(*_grouped(keys, np.ones_like(keys)), strict=True):
-        sums.setdefault(key, _Sum()).count = count / steps
+
+    def key(named: Ints, row: Ints) -> Ints:
+        return events.name[named] * width + meaning.category[row] % width
+
+    size = len(events.names) * width
+    row, called = found.pieces.row, found.calls.row
+    keys = key(meaning.shown[row], row)
+    ns = np.bincount(keys, weights=found.pieces.ns, minlength=size)
+    count = np.bincount(key(called, called), minlength=size)
+    lasting = np.bincount(
+        key(called, called), weights=events.end[called] - events.start[called], minlength=size
+    )
+    rule = _longest_rule(keys, meaning.rule[row], found.pieces.ns, len(found.labels))
+    # On a device the mean is how long a kernel ran, on a CPU its self time: a call's own.
+    spent = lasting if events.on_device.any() else ns
     names = (*CATEGORIES, "unattributed")
     operators = [
-        Operator(events.names[key // width], names[key % width], s.ns, s.ns / step_ns, s.count)
-        for key, s in sums.items()
-        if s.ns > 0
+        Operator(
+            name=events.names[k // width],
+            category=names[k % width],
+            ns=float(ns[k]) / steps,
+            share=float(ns[k]) / steps / step_ns,
+            count=float(count[k]) / steps,
+            mean_ns=float(spent[k] / count[k]) if count[k] else None,
+            rule=found.labels[rule[k]],
+        )
+        for k in np.flatnonzero(ns).tolist()
     ]
     return sorted(operators, key=lambda o: (-o.ns, o.name, o.category))
 
 
-def _grouped(keys: Ints, values: Ints) -> tuple[list[int], list[float]]:
-    unique, which = np.unique(keys, return_inverse=True)
-    sums = np.zeros(len(unique))
-    np.add.at(sums, which, values)
-    return unique.tolist(), sums.tolist()
+def _longest_rule(key: Ints, rule: Ints, ns: Ints, width: int) -> dict[int, int]:
+    """For each key the rule with most of its time."""
+    both, which = np.unique(key * width + rule % width, return_inverse=True)
+    sums = np.bincount(which.reshape(-1), weights=ns)
+    ordered = both[np.argsort(sums, kind="stable")]  # the longest is set last, and stays
+    return dict(zip((ordered // width).tolist(), (ordered % width).tolist(), strict=True))
+
+
+def _idle_by_cause(found: Attribution, idle_ns: float) -> dict[str, float]:
+    """Idle time by cause, all times one factor so that it sums to `idle_ns`."""
+    idle = found.idle
+    known = idle.cause != NONE
+    sums = np.bincount(
+        idle.cause[known], weights=(idle.end - idle.start)[known], minlength=len(IDLE_CAUSES)
+    )
+    total = float(sums.sum())
+    if not total:
+        return {}
+    return {
+        cause: float(ns) * idle_ns / total
+        for cause, ns in zip(IDLE_CAUSES, sums.tolist(), strict=True)
+        if ns
+    }
+
+
+def _layers(found: Attribution, step_ns: float) -> Iterator[Layer]:
+    """Layers in the order of the model, as far as the trace tells it: of their first forward."""
+    layer = found.meaning.layer[found.pieces.row]
+    phase = found.meaning.phase[found.pieces.row]
+    size, steps = len(found.events.names), len(found.windows)
+
+    def spent(chosen: Ints) -> Floats:
+        return np.bincount(layer[chosen], weights=found.pieces.ns[chosen], minlength=size) / steps
+
+    inside = layer != NONE
+    forward = spent(np.flatnonzero(inside & (phase != BACKWARD)))
+    backward = spent(np.flatnonzero(inside & (phase == BACKWARD)))
+    both = forward + backward
+    for name in np.flatnonzero(both).tolist():
+        path = found.events.names[name].removeprefix("layer:").removeprefix("nn.Module: ")
+        yield Layer(path, float(forward[name]), float(backward[name]), float(both[name] / step_ns))
+
+
+def _communication(found: Attribution) -> Communication | None:
+    """Of collectives on a device: mean over steps."""
+    talks = found.meaning.category == COMMUNICATION
+    if not found.events.on_device.any() or not talks[found.work.row].any():
+        return None
+    _, parts = cut(Cover.of(found.work[talks[found.work.row]]).segments, found.windows)
+    steps = len(found.windows)
+    total = float((parts.end - parts.start).sum()) / steps
+    exposed = float(found.pieces.ns[talks[found.pieces.row]].sum()) / steps
+    return Communication(total, total - exposed, exposed)
+
+
+def _totals(found: Attribution) -> Totals:
+    """Over the whole trace: from the first to the last piece of work."""
+    work = found.work
+    talks = found.collective[work.row]
+    copies = np.isin(found.events.kind[work.row], (Kind.MEMCPY, Kind.MEMSET))
+    span = float(work.end.max() - work.start.min())
+
+    def union(chosen: NDArray[np.bool_]) -> float:
+        covered = Cover.of(work[chosen]).segments
+        return float((covered.end - covered.start).sum())
+
+    busy = union(np.ones(len(work), np.bool_))
+    return Totals(
+        span, busy, span - busy, union(~talks & ~copies), union(talks & ~copies), union(copies)
+    )
+
+
+def _notes(found: Attribution) -> Iterator[str]:
+    events = found.events
+    unlinked = int(((events.launch == NONE) & events.on_device).sum())
+    if unlinked:
+        yield f"{unlinked} device events have no launch in the trace; their phase is other."
+    if events.timeless:
+        yield f"{events.timeless} events say no time and were left out."

@@ -113,3 +113,9 @@ def joined(parts: Sequence[Segments]) -> Segments:
         np.concatenate([p.end for p in parts]),
         np.concatenate([p.row for p in parts]),
     )
+
+
+def table(row: Ints, column: Ints, values: Ints, rows: int, columns: int) -> Ints:
+    """Sums of `values` as [row, column]; exact up to 2^53."""
+    flat = np.bincount(row * columns + column, weights=values, minlength=rows * columns)
+    return flat.astype(np.int64).reshape(rows, columns)

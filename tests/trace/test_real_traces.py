@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,41 @@ def test_busy_time_agrees_with_a_plain_count(name: str) -> None:
     for step, window in enumerate(found.windows.length.tolist()):
         spent = int(found.pieces.ns[found.pieces.step == step].sum())
         assert spent + int(found.idle_ns[step].sum()) == window
+
+
+def kind_of(name: str) -> str:
+    return "talk" if name.startswith("nccl") else "copy" if name.startswith("Mem") else "compute"
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_the_whole_trace_by_type_to_the_nanosecond(name: str) -> None:
+    """A plain sweep over the edges of all device events."""
+    edges = []
+    for e in raw(name):
+        if e.get("cat") in DEVICE:
+            start, end = round(e["ts"] * 1000), round(e["ts"] * 1000) + round(e["dur"] * 1000)
+            edges += [(start, 1, kind_of(e["name"])), (end, -1, kind_of(e["name"]))]
+    edges.sort(key=lambda edge: edge[:2])
+    running: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
+    busy, before = 0, edges[0][0]
+    for time_, change, kind in edges:
+        for each in running:
+            spent[each] += (time_ - before) * (running[each] > 0)
+        busy += (time_ - before) * any(running.values())
+        before = time_
+        running[kind] += change
+    (breakdown,) = load([TRACES / name]).breakdowns
+    totals = breakdown.totals
+    assert totals is not None
+    span = edges[-1][0] - edges[0][0]
+    # Absolute times lose their last digits as doubles, here and not in our reader.
+    assert totals.span_ns == pytest.approx(span, rel=1e-6)
+    assert totals.busy_ns == pytest.approx(busy, rel=1e-5)
+    assert totals.idle_ns == totals.span_ns - totals.busy_ns
+    assert totals.compute_ns == pytest.approx(spent["compute"], rel=1e-5)
+    assert totals.communication_ns == pytest.approx(spent["talk"], rel=1e-5)
+    assert totals.memory_ns == pytest.approx(spent["copy"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", DDP)
