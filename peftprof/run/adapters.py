@@ -139,6 +139,14 @@ def nf4_weight(module: Any) -> NF4Weight:
     )
 
 
+def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """What dequantising needs beside the packed weights: statistics, code books, offsets."""
+    for module in linear_4bit(model):
+        weight = nf4_weight(module)
+        parts = (weight.absmax, weight.code, weight.absmax2, weight.code2, weight.offset)
+        yield from (part for part in parts if part is not None)
+
+
 def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
     """Give every adapted and every NF4 linear of `model` our forward, in place."""
     import bitsandbytes as bnb

@@ -2,7 +2,7 @@
 
 It starts from a freshly built model and the same seed, so on a CPU its losses must equal
 the timed pass's bit by bit; the record says whether they did. Its times are never mixed
-into the timed results.
+into the timed results. What the step allocates is recorded after it, by `memory_trace`.
 """
 
 import contextlib

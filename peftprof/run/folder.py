@@ -4,6 +4,7 @@
     steps.jsonl              one line a timed step: step, loss, lr, ns, samples, tokens, warmup
     evaluations.jsonl        one line an evaluation: step and `records.Accuracy`
     trace.json.gz            Kineto trace of the profiled pass (--profiler torch)
+    memory.json.gz           Kineto trace of one step's allocations (unless --profiler none)
     adapter/ or model/       what was trained, as PEFT or transformers save it
     checkpoint.safetensors   only while the run is not complete: where --resume goes on
 

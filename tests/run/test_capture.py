@@ -37,7 +37,8 @@ def test_the_folder_describes_itself(run, method, kernels):
     folder = run(method, kernels)
     names = {p.name for p in folder.path.iterdir()}
     trained = "model" if method == "full" else "adapter"
-    assert names == {"run.json", "steps.jsonl", "evaluations.jsonl", "trace.json.gz", trained}
+    files = {"run.json", "steps.jsonl", "evaluations.jsonl", "trace.json.gz", "memory.json.gz"}
+    assert names == files | {trained}
     record = folder.read_record()
     assert record.state == "complete"
     assert record.profiled.same_losses  # the profiler changed no number
@@ -100,7 +101,8 @@ def test_runs_side_by_side(run, runs, tmp_path):
 def test_no_profiler_no_trace(small_run, tmp_path, quiet):
     folder = runner.train(small_run("lora", profiler="none"), tmp_path / "run", [], quiet)
     assert folder.read_record().profiled is None
-    assert not (folder.path / "trace.json.gz").exists()
+    assert folder.read_record().memory_step is None
+    assert not list(folder.path.glob("*.json.gz"))
 
 
 def test_under_nsys_the_torch_profiler_stays_away(small_run, tmp_path, quiet, monkeypatch):
@@ -110,6 +112,8 @@ def test_under_nsys_the_torch_profiler_stays_away(small_run, tmp_path, quiet, mo
     folder = runner.train(config, tmp_path / "run", [], quiet)
     assert folder.read_record().profiled.profiler == "nsys"
     assert folder.read_record().profiled.trace is None
+    # The memory step needs no CUPTI, which is what only one profiler can have.
+    assert {p.name for p in folder.path.glob("*.json.gz")} == {"memory.json.gz"}
     monkeypatch.delenv("NSYS_PROFILING_SESSION_ID")
     monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
     with pytest.raises(DeviceError, match="under `nsys profile`"):
