@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peftprof.breakdowns import Ceilings
 from peftprof.errors import FolderError
 
 T = TypeVar("T")
@@ -126,6 +127,37 @@ class Profiled:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What one part (`breakdowns.MEMORY_PARTS`) held when the memory step began.
+
+    `storages` gives the bytes of each storage by its address in hexadecimal, as the trace's
+    allocations name it; tensors that share a storage are there once.
+    """
+
+    part: str
+    storages: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its storages."""
+        return sum(self.storages.values())
+
+
+@dataclass(frozen=True)
+class MemoryStep:
+    """The one step whose allocations were recorded, in a trace of its own; times mean nothing.
+
+    `step` is the number of the batch, of those of the timed pass that had the most padded
+    tokens. `inventory` is what the run's tensors on `device` held when it began.
+    """
+
+    trace: str
+    step: int
+    device: str
+    inventory: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything needed to understand a run years later: the content of `run.json`."""
 
@@ -147,6 +179,8 @@ class RunRecord:
     memory: Memory | None = None
     energy: Energy | None = None
     profiled: Profiled | None = None
+    memory_step: MemoryStep | None = None
+    ceilings: Ceilings | None = None
 
 
 def read_record(folder: Path) -> RunRecord:

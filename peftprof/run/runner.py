@@ -16,7 +16,7 @@ import torch
 from peftprof.config import RunConfig
 from peftprof.errors import DeviceError, FolderError, InputError, TrainingError
 from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
-from peftprof.run import adapters, capture, data, environment
+from peftprof.run import adapters, capture, ceilings, data, environment, memory_trace
 from peftprof.run import model as models
 from peftprof.run.batches import Batches
 from peftprof.run.folder import RunFolder, Step
@@ -192,6 +192,9 @@ def _finish(
                 gc.collect()
             if prepared.config.profiler != "none":
                 record = _profiled_pass(folder, record, prepared, watcher)
+                gc.collect()
+                measured = ceilings.measure(torch.device(prepared.config.device))
+                record = dataclasses.replace(record, ceilings=measured)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             # The allocator of the CPU has no exception of its own.
             if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
@@ -209,8 +212,10 @@ def _profiled_pass(
     folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
 ) -> RunRecord:
     trainee, _ = prepared.build()
-    profiled = capture.profile(trainee, prepared.family, folder, folder.read_steps(), watcher)
-    return dataclasses.replace(record, profiled=profiled)
+    timed = folder.read_steps()
+    profiled = capture.profile(trainee, prepared.family, folder, timed, watcher)
+    memory_step = memory_trace.record(trainee, prepared.family, folder, timed)
+    return dataclasses.replace(record, profiled=profiled, memory_step=memory_step)
 
 
 def _timed_pass(
