@@ -7,7 +7,8 @@
     ├── DeviceError     a device or kernel backend that this machine does not have
     ├── FolderError     a run folder that is missing, foreign, incomplete or unwritable
     ├── TraceError      a trace that is missing, truncated, empty or not a trace
-    └── TrainingError   a run that must stop: no gradient, changed base weights, a loss of nan
+    ├── TrainingError   a run that must stop: no gradient, changed base weights, a loss of nan
+    └── LimitError      a breakdown over a limit of --fail-if; exit code 1
 
 The message is one sentence that says what is wrong and what to do about it.
 Anything else that escapes is a bug and keeps its traceback.
@@ -46,3 +47,9 @@ class TraceError(PeftprofError):
 
 class TrainingError(PeftprofError):
     """A run that must stop because going on would give a wrong result."""
+
+
+class LimitError(PeftprofError):
+    """A breakdown that breaks a limit which was set for it."""
+
+    exit_code = 1

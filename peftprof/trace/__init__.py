@@ -1,5 +1,5 @@
 """Reads a trace: events, attribution, breakdown. Imports no torch."""
 
-from peftprof.trace.sources import Loaded, load
+from peftprof.trace.loading import Loaded, load
 
 __all__ = ["Loaded", "load"]

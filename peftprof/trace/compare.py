@@ -1,41 +1,110 @@
-"""Whether several runs did the same work, so that their times may be held against each other."""
+"""Whether several runs did the same work, and what makes one slower than another."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from peftprof.breakdowns import CATEGORIES, Bar, Breakdown, Comparison
 from peftprof.records import RunRecord
 
 
-def compare(records: Sequence[RunRecord | None]) -> tuple[bool | None, list[str]]:
-    """Whether the runs are comparable, and in what they differ, such as `batch_size: 8 vs 32`.
+def compare(
+    records: Sequence[RunRecord | None], names: Sequence[str] = ()
+) -> tuple[bool | None, list[str]]:
+    """Whether the runs are comparable, and in what they differ, such as `batch size: 8 vs 32`.
 
-    None where nothing can be said: a single run, or a trace without its run.json.
+    None where it is not known, for a trace without its run.json, whose name is then the
+    reason; and for a single run.
     """
-    known = [record for record in records if record is not None]
-    if len(records) < 2 or len(known) < len(records):
+    if len(records) < 2:
         return None, []
-    compared = [_work(record) for record in known]
-    differences = [
-        f"{name}: {' vs '.join(_distinct([str(work[name]) for work in compared]))}"
+    unknown = [
+        f"{name} has no run.json that says its model, data and batches"
+        for name, record in zip(names, records, strict=False)
+        if record is None
+    ]
+    known = [record for record in records if record is not None]
+    differences = _differences(known) if len(known) > 1 else []
+    if differences:
+        return False, differences + unknown
+    return (None, unknown) if len(known) < len(records) else (True, [])
+
+
+def _differences(records: Sequence[RunRecord]) -> list[str]:
+    compared = [_work(record) for record in records]
+    return [
+        f"{name}: {' vs '.join(dict.fromkeys(str(work[name]) for work in compared))}"
         for name in compared[0]
         if len({str(work[name]) for work in compared}) > 1
     ]
-    return not differences, differences
+
+
+def against_the_first(
+    breakdowns: Sequence[Breakdown],
+    records: Sequence[RunRecord | None],
+    speedups: bool,
+) -> tuple[Comparison, ...]:
+    """Every further run against the first; with speed-up figures only where `speedups`."""
+    return tuple(
+        _comparison(breakdowns, records, other, speedups) for other in range(1, len(breakdowns))
+    )
+
+
+def _comparison(
+    breakdowns: Sequence[Breakdown],
+    records: Sequence[RunRecord | None],
+    other: int,
+    speedups: bool,
+) -> Comparison:
+    before, after = _by_category(breakdowns[0]), _by_category(breakdowns[other])
+    step = breakdowns[other].step_ns.median - breakdowns[0].step_ns.median
+    bars = [Bar(name, after[name] - before[name]) for name in before if before[name] or after[name]]
+    if bars:
+        # What rounding leaves goes to the longest, so that the bars add up to the last bit.
+        longest = max(range(len(bars)), key=lambda i: abs(bars[i].ns))
+        left = step - math.fsum(bar.ns for bar in bars)
+        bars[longest] = Bar(bars[longest].category, bars[longest].ns + left)
+    return Comparison(
+        base=0,
+        other=other,
+        step_ns=step,
+        bars=tuple(bars),
+        speedup=breakdowns[0].step_ns.median / breakdowns[other].step_ns.median
+        if speedups
+        else None,
+        timed_speedup=_timed(records[0], records[other]) if speedups else None,
+    )
+
+
+def _by_category(breakdown: Breakdown) -> dict[str, float]:
+    found = {
+        category: math.fsum(row.ns for row in breakdown.rows if row.category == category)
+        for category in CATEGORIES
+    }
+    return found | {"idle": breakdown.idle_ns, "unattributed": breakdown.unattributed_ns}
+
+
+def _timed(base: RunRecord | None, other: RunRecord | None) -> float | None:
+    if base is None or other is None or base.timed is None or other.timed is None:
+        return None
+    return base.timed.step_p50_ms / other.timed.step_p50_ms if other.timed.step_p50_ms else None
 
 
 def _work(record: RunRecord) -> dict[str, Any]:
     """What a step works on and where, but not how it is trained: the method is the question."""
-    model, data, timed = record.model, record.data, record.timed
+    model, data, timed, profiled = record.model, record.data, record.timed, record.profiled
     config = record.config
     return {
         "model": f"{model.name} {model.fingerprint[:8]}" if model else "unknown",
         "data": f"{data.name} {data.fingerprint[:8]}" if data else "unknown",
-        "batch_size": config.get("batch_size", "unknown"),
-        "max_length": config.get("max_length", "unknown"),
+        "batch size": config.get("batch_size", "unknown"),
+        "maximal length": config.get("max_length", "unknown"),
         "precision": config.get("precision", "unknown"),
         "seed": config.get("seed", "unknown"),
         "device": _device(record),
-        "real_tokens_per_step": f"{timed.real_tokens_per_step:.1f}" if timed else "unknown",
+        "timed steps": timed.steps if timed else "unknown",
+        "profiled steps": profiled.active_steps if profiled else "unknown",
+        "real tokens a step": f"{timed.real_tokens_per_step:.1f}" if timed else "unknown",
     }
 
 
@@ -60,7 +129,3 @@ def _device(record: RunRecord) -> str:
 def _table(record: RunRecord, key: str) -> dict[str, Any]:
     value = record.environment.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def _distinct(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -1,98 +1,134 @@
-"""From the paths a user names to breakdowns: trace files, run folders, folders of runs."""
+"""From the paths a user names to traces: files of any kind, run folders, folders of both."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from peftprof.breakdowns import Breakdown, Comparison, Timeline
-from peftprof.errors import FolderError, TraceError
+from peftprof.errors import FolderError, PeftprofError, TraceError
 from peftprof.records import RunRecord, read_record
-from peftprof.trace import kineto
-from peftprof.trace.attribute import attribute
-from peftprof.trace.breakdown import make_breakdown
-from peftprof.trace.compare import compare
+from peftprof.trace import nsys_export
 
 NEWEST = 4
-NSYS = (".nsys-rep", ".sqlite", ".qdrep")
+DATABASES = (".sqlite", ".sqlite3", ".db")
+TRACES = (".json", ".json.gz", *DATABASES, *nsys_export.REPORTS)
+# Files of a run folder that are no trace to break down.
+OTHERS = ("run.json", "memory.json.gz")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A trace to read, and the record of the run that made it where there is one."""
+    """A trace to read, and the folder and record of the run that made it where there is one."""
 
     name: str
     trace: Path
-    record: RunRecord | None
+    folder: Path | None = None
+    record: RunRecord | None = None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Breakdowns of the traces found, how they compare, and how many older runs were left out.
+@dataclass
+class Found:
+    """Traces, oldest first; how many older ones were left out; why others could not be read."""
 
-    `comparable` is None where nothing can be said; see `compare`. `comparisons` hold every
-    further run against the first. `timelines`, one a run, are there where asked for.
-    """
-
-    breakdowns: tuple[Breakdown, ...]
-    comparable: bool | None
-    differences: tuple[str, ...]
-    left_out: int
-    comparisons: tuple[Comparison, ...] = ()
-    timelines: tuple[Timeline, ...] = ()
+    sources: list[Source] = field(default_factory=list)
+    left_out: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    named: bool = False  # by its own path, so that not reading it is an error
 
 
-def load(paths: Sequence[Path], all_runs: bool = False) -> Loaded:
-    """Read and attribute every trace that `paths` name.
-
-    A path is a Kineto trace, a run folder, or a folder of run folders; of the last the
-    newest four complete runs are taken, or all of them with `all_runs`. Raises FolderError
-    for a folder without a run to read, TraceError for a trace that cannot be read.
-    """
-    sources: list[Source] = []
-    left_out = 0
-    for path in paths:
-        found, older = find(path, all_runs)
-        sources += found
-        left_out += older
-    comparable, differences = compare([source.record for source in sources])
-    breakdowns = tuple(_breakdown(source) for source in sources)
-    return Loaded(breakdowns, comparable, tuple(differences), left_out)
-
-
-def find(path: Path, all_runs: bool = False) -> tuple[list[Source], int]:
-    """The traces at `path`, oldest run first, and how many older runs were left out.
+def find(path: Path, all_runs: bool = False) -> Found:
+    """The traces at `path`.
 
     Raises FolderError or TraceError when there is none.
     """
     if not path.exists():
         raise FolderError(f"there is no {path}; name a trace, a run folder or a folder of runs")
     if not path.is_dir():
-        if path.name.endswith(NSYS):
-            raise TraceError(
-                f"{path} is from Nsight Systems, which a later version of peftprof will read; "
-                "use a run made with --profiler torch"
-            )
-        return [Source(_stem(path), path, None)], 0
+        return Found([Source(stem(path), path)], named=True)
     if (path / "run.json").is_file():
-        return [_run(path, read_record(path))], 0
-    return _runs(path, all_runs)
+        return Found([_run(path)], named=True)
+    return _folder(path, all_runs)
 
 
-def _runs(path: Path, all_runs: bool) -> tuple[list[Source], int]:
-    folders = sorted(child for child in path.iterdir() if (child / "run.json").is_file())
-    if not folders:
-        raise FolderError(f"{path} holds no run; make one with: python -m peftprof train")
-    runs = [(folder, read_record(folder)) for folder in folders]
-    complete = [(folder, record) for folder, record in runs if record.state == "complete"]
-    if not complete:
-        raise FolderError(f"{path} holds no complete run; finish one with --resume")
-    readable = [run for run in complete if _trace_of(*run) is not None]
-    if not readable:
-        _run(*complete[-1])  # says why its trace cannot be read
-    readable.sort(key=lambda run: _created(run[1]))
-    kept = readable if all_runs else readable[-NEWEST:]
-    return [_run(*run) for run in kept], len(readable) - len(kept)
+def _folder(path: Path, all_runs: bool) -> Found:
+    """The newest complete runs in a folder; or, where it has none, the traces in it."""
+    try:
+        children = sorted(path.iterdir())
+    except OSError as error:
+        raise FolderError(f"cannot read {path}: {error.strerror}") from error
+    folders = [child for child in children if (child / "run.json").is_file()]
+    files = [child for child in children if child.is_file() and _is_trace(child, children)]
+    if not folders and not files:
+        raise FolderError(
+            f"{path} holds no run and no trace; make a run with: python -m peftprof train"
+        )
+    found = Found()
+    dated: list[tuple[tuple[float, str], Source]] = []
+    reasons: list[PeftprofError] = []
+    for folder in folders:
+        try:
+            source = _run(folder)
+        except PeftprofError as error:
+            reasons.append(error)
+            if not isinstance(error, NotFinishedError):
+                found.unreadable.append(str(error))
+            continue
+        assert source.record is not None
+        dated.append((_created(source.record), source))
+    if not dated and not files:
+        raise reasons[-1]
+    dated.sort(key=lambda one: one[0])
+    if not dated:
+        dated = [((0.0, file.name), Source(stem(file), file)) for file in files]
+    kept = dated if all_runs else dated[-NEWEST:]
+    found.sources = [source for _, source in kept]
+    found.left_out = len(dated) - len(kept)
+    return found
+
+
+def _is_trace(file: Path, beside: list[Path]) -> bool:
+    if not file.name.endswith(TRACES) or file.name in OTHERS or file.name.startswith("."):
+        return False
+    # A report beside its own export is the same trace.
+    return not (file.name.endswith(nsys_export.REPORTS) and file.with_suffix(".sqlite") in beside)
+
+
+class NotFinishedError(FolderError):
+    """A run that is not complete, or was not profiled: nothing is wrong with it."""
+
+
+def _run(folder: Path) -> Source:
+    record = read_record(folder)
+    if record.state != "complete":
+        raise NotFinishedError(
+            f"the run in {folder} is not complete; finish it with --resume {folder}"
+        )
+    if record.profiled and record.profiled.profiler == "nsys":
+        return Source(record.name, _nsys_file(folder), folder, record)
+    named = record.profiled.trace if record.profiled else None
+    if named is None:
+        raise NotFinishedError(
+            f"the run in {folder} was not profiled; run it again with --profiler torch"
+        )
+    # A run.json from elsewhere must not name a file outside its folder.
+    trace = folder / Path(named).name
+    if not trace.is_file():
+        raise TraceError(f"the run in {folder} has lost its trace {trace.name}; run it again")
+    return Source(record.name, trace, folder, record)
+
+
+def _nsys_file(folder: Path) -> Path:
+    """What nsys recorded of a run: in its folder, or beside it by the same name."""
+    inside = sorted(child for child in folder.iterdir() if child.is_file())
+    endings = (*DATABASES, *nsys_export.REPORTS)
+    beside = [folder.with_name(folder.name + ending) for ending in endings]
+    for ending in endings:
+        for file in [*inside, *beside]:
+            if file.name.endswith(ending) and file.is_file():
+                return file
+    raise NotFinishedError(
+        f"the run in {folder} was profiled by Nsight Systems and its report is not there; "
+        f"name the .nsys-rep or .sqlite file, or run it again with --profiler torch"
+    )
 
 
 def _created(record: RunRecord) -> tuple[float, str]:
@@ -102,42 +138,9 @@ def _created(record: RunRecord) -> tuple[float, str]:
         return 0.0, record.name
 
 
-def _trace_of(folder: Path, record: RunRecord) -> Path | None:
-    trace = record.profiled.trace if record.profiled else None
-    # A run.json from elsewhere must not name a file outside its folder.
-    return folder / Path(trace).name if trace else None
-
-
-def _run(folder: Path, record: RunRecord) -> Source:
-    if record.state != "complete":
-        raise FolderError(f"the run in {folder} is not complete; finish it with --resume {folder}")
-    trace = _trace_of(folder, record)
-    if trace is None:
-        if record.profiled and record.profiled.profiler == "nsys":
-            raise TraceError(
-                f"the run in {folder} was profiled by Nsight Systems, which a later version "
-                "of peftprof will read; run it again with --profiler torch"
-            )
-        raise TraceError(
-            f"the run in {folder} was not profiled; run it again with --profiler torch"
-        )
-    if not trace.is_file():
-        raise TraceError(f"the run in {folder} has lost its trace {trace.name}; run it again")
-    return Source(record.name, trace, record)
-
-
-def _breakdown(source: Source) -> Breakdown:
-    try:
-        return make_breakdown(attribute(kineto.read(source.trace)), source.name, "kineto")
-    except TraceError as error:
-        message, path = str(error), str(source.trace)
-        # A file name may hold a line break; a message may not.
-        raise TraceError(_line(message if path in message else f"{path}: {message}")) from error
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".pt.trace")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())
+def stem(path: Path) -> str:
+    """The name of a trace file without what says its kind."""
+    name = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".pt.trace")
+    for ending in (*DATABASES, *nsys_export.REPORTS):
+        name = name.removesuffix(ending)
+    return name or path.name

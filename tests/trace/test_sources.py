@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,11 @@ def test_runs_without_a_readable_trace_are_passed_over_in_a_folder(tmp_path: Pat
     ("made", "trace", "error", "says"),
     [
         (record(state="running"), True, FolderError, "not complete"),
-        (record(profiled=None), False, TraceError, "not profiled.*--profiler torch"),
+        (record(profiled=None), False, FolderError, "not profiled.*--profiler torch"),
         (
             record(profiled=Profiled("nsys", None, 3, 1.0, 1.0, None, None)),
             False,
-            TraceError,
+            FolderError,
             "Nsight.*--profiler torch",
         ),
         (record(), False, TraceError, "lost its trace"),
@@ -121,11 +122,103 @@ def test_a_damaged_record(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["x.nsys-rep", "x.sqlite"])
-def test_nsys_files_are_for_later(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"SQLite format 3\0")
-    with pytest.raises(TraceError, match=r"later version.*--profiler torch"):
-        load([tmp_path / name])
+def test_a_run_that_cannot_be_read_is_left_out_of_its_folder_and_told(tmp_path: Path) -> None:
+    make_run(tmp_path, record("good"))
+    (make_run(tmp_path, record("torn")) / "trace.json.gz").write_bytes(b"\x1f\x8b torn")
+    (make_run(tmp_path, record("odd")) / "run.json").write_text("{")
+    make_run(tmp_path, record("lost"), trace=False)
+    make_run(tmp_path, record("going", state="running"))
+    loaded = load([tmp_path])
+    assert [b.name for b in loaded.breakdowns] == ["good"]
+    assert [any(w in text for text in loaded.unreadable) for w in ("torn", "odd", "lost")] == (
+        [True] * 3
+    )
+    assert len(loaded.unreadable) == 3
+    with pytest.raises(TraceError, match="torn"):
+        load([tmp_path / "torn"])
+
+
+def test_a_folder_of_traces(tmp_path: Path) -> None:
+    for rank in (1, 0):
+        trace = Trace()
+        trace.document["distributedInfo"] = {"backend": "nccl", "rank": rank, "world_size": 2}
+        trace.range("step:0", 0, 1000)
+        trace.op("aten::mm", 0, 500 + rank)
+        trace.write(tmp_path, f"rank{rank}.json.gz")
+    (tmp_path / "notes.txt").write_text("no trace")
+    loaded = load([tmp_path])
+    assert [(b.name, b.rank) for b in loaded.breakdowns] == [("rank0", 0), ("rank1", 1)]
+    assert loaded.comparable is None
+    assert loaded.differences == tuple(
+        f"{name} has no run.json that says its model, data and batches"
+        for name in ("rank0", "rank1")
+    )
+    (tmp_path / "rank0.json.gz").write_bytes(b"")
+    assert names([tmp_path]) == ["rank1"]
+
+
+def test_a_run_under_nsys_is_read_from_its_export(tmp_path: Path) -> None:
+    made = record("run", profiled=Profiled("nsys", None, 3, 1.0, 1.0, None, None))
+    folder = make_run(tmp_path, made, trace=False)
+    for place in (tmp_path / "run.sqlite", folder / "report.sqlite"):
+        place.write_bytes(b"SQLite format 3\0")
+        with pytest.raises(TraceError, match=place.name):
+            load([folder])
+
+
+WORK = {"aten::mm": 300, "aten::layer_norm": 200, "aten::copy_": 100, "mystery::op": 50}
+
+
+def write_steps(folder: Path, name: str, scale: float, length: int, skip: str = "") -> Path:
+    trace = Trace()
+    for n in range(3):
+        begin = at = n * 10_000
+        trace.range(f"step:{n}", begin, begin + length + n)
+        for operator, ns in WORK.items():
+            if operator != skip:
+                trace.op(operator, at, at + round(ns * scale) + n)
+                at += round(ns * scale) + n
+    return trace.write(folder, name)
+
+
+def test_the_bars_of_a_waterfall_add_up_to_the_difference_of_the_steps(tmp_path: Path) -> None:
+    paths = [
+        write_steps(tmp_path, "a.json", 1.0, 1000),
+        write_steps(tmp_path, "b.json", 3.3, 4003, skip="aten::copy_"),
+        write_steps(tmp_path, "c.json", 0.37, 907),
+    ]
+    loaded = load(paths)
+    assert [(c.base, c.other) for c in loaded.comparisons] == [(0, 1), (0, 2)]
+    for comparison in loaded.comparisons:
+        first, other = loaded.breakdowns[0], loaded.breakdowns[comparison.other]
+        assert comparison.step_ns == other.step_ns.median - first.step_ns.median
+        assert math.fsum(bar.ns for bar in comparison.bars) == comparison.step_ns
+        assert {bar.category for bar in comparison.bars} == {
+            "base_gemm", "elementwise", "memcpy", "idle", "unattributed"
+        }  # fmt: skip
+        copies = next(bar.ns for bar in comparison.bars if bar.category == "memcpy")
+        assert copies < 0
+        assert comparison.speedup is None  # nothing is known of what these runs did
+        assert comparison.timed_speedup is None
+    fair = load(paths, unfair=True)
+    assert fair.unfair
+    assert fair.comparisons[0].speedup == pytest.approx(1001 / 4004)
+
+
+def test_a_speedup_is_given_only_where_runs_are_comparable(tmp_path: Path) -> None:
+    timed = record().timed
+    assert timed is not None
+    quick = dataclasses.replace(timed, step_p50_ms=timed.step_p50_ms / 2)
+    one, two = make_run(tmp_path, record("one")), make_run(tmp_path, record("two", timed=quick))
+    (comparison,) = load([one, two]).comparisons
+    assert comparison.speedup == 1.0
+    assert comparison.timed_speedup == 2.0
+    other = make_run(tmp_path, record("other", config=record().config | {"batch_size": 9}))
+    refused = load([one, other])
+    assert refused.comparable is False
+    assert refused.comparisons[0].speedup is refused.comparisons[0].timed_speedup is None
+    (forced,) = load([one, other], unfair=True).comparisons
+    assert forced.speedup == 1.0
 
 
 def test_a_record_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
@@ -159,7 +252,8 @@ def test_an_interpreted_run_is_comparable_with_no_other(tmp_path: Path) -> None:
 
 
 def test_a_trace_without_a_record_cannot_be_compared() -> None:
-    assert compare([record(), None]) == (None, [])
+    reason = "x has no run.json that says its model, data and batches"
+    assert compare([record(), None], ["run", "x"]) == (None, [reason])
 
 
 def test_the_method_may_differ_the_work_may_not() -> None:
@@ -175,8 +269,9 @@ def test_the_method_may_differ_the_work_may_not() -> None:
         False,
         [
             "model: minilm aaaaaaaa vs minilm cccccccc",
-            "batch_size: 8 vs 32",
-            "real_tokens_per_step: 200.0 vs unknown",
+            "batch size: 8 vs 32",
+            "timed steps: 9 vs unknown",
+            "real tokens a step: 200.0 vs unknown",
         ],
     )
 

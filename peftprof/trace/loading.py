@@ -1,0 +1,185 @@
+"""From traces to breakdowns: reads, attributes, compares."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peftprof.breakdowns import Breakdown, Ceilings, Comparison, Timeline
+from peftprof.errors import PeftprofError, TraceError
+from peftprof.records import RunRecord
+from peftprof.trace import kineto, memory, nsys, nsys_export, rules, stream
+from peftprof.trace.attribute import Attribution, attribute
+from peftprof.trace.breakdown import make_breakdown
+from peftprof.trace.compare import against_the_first, compare
+from peftprof.trace.events import Events
+from peftprof.trace.rules import Rules
+from peftprof.trace.sources import Found, Source, find
+from peftprof.trace.timeline import timeline
+from peftprof.trace.work import work
+
+SQLITE = b"SQLite format 3\0"
+
+Keep = Callable[[str, Attribution], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Breakdowns of the traces found, how they compare, and how many older runs were left out.
+
+    `comparable` is None where nothing can be said; see `compare`. `comparisons` hold every
+    further run against the first, `unfair` whether their speed-up figures were asked for
+    whatever the runs differ in. `timelines`, one a run, are there where asked for.
+    `unreadable` says why runs of a folder are missing.
+    """
+
+    breakdowns: tuple[Breakdown, ...]
+    comparable: bool | None
+    differences: tuple[str, ...]
+    left_out: int
+    comparisons: tuple[Comparison, ...] = ()
+    timelines: tuple[Timeline, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    unfair: bool = False
+
+
+@dataclass(frozen=True)
+class _Read:
+    breakdown: Breakdown
+    record: RunRecord | None
+    timeline: Timeline | None
+
+
+def load(
+    paths: Sequence[Path],
+    all_runs: bool = False,
+    *,
+    ruleset: Rules | None = None,
+    ceilings: Ceilings | None = None,
+    unfair: bool = False,
+    timelines: bool = False,
+    keep: Keep | None = None,
+) -> Loaded:
+    """Read and attribute every trace that `paths` name.
+
+    A path is a Kineto trace, an nsys export or report, a run folder, or a folder of these;
+    of a folder of runs the newest four complete ones are taken, or all with `all_runs`. A
+    file with several processes is several runs. `ceilings` hold for runs that measured none.
+    Each run's attribution is given to `keep`, and is not held on to.
+
+    Raises FolderError for a folder without a run to read, TraceError for a trace that
+    cannot be read; a run found in a folder that cannot be read is left out and named.
+    """
+    ruleset = ruleset or rules.load()
+    read: list[_Read] = []
+    left_out, unreadable = 0, []
+    for path in paths:
+        found = find(path, all_runs)
+        left_out += found.left_out
+        unreadable += found.unreadable
+        read += _readable(found, ruleset, ceilings, timelines, keep, unreadable)
+    breakdowns = tuple(one.breakdown for one in read)
+    records = [one.record for one in read]
+    comparable, differences = compare(records, [b.name for b in breakdowns])
+    return Loaded(
+        breakdowns=breakdowns,
+        comparable=comparable,
+        differences=tuple(differences),
+        left_out=left_out,
+        comparisons=against_the_first(breakdowns, records, bool(comparable) or unfair),
+        timelines=tuple(one.timeline for one in read if one.timeline is not None),
+        unreadable=tuple(unreadable),
+        unfair=unfair,
+    )
+
+
+def _readable(
+    found: Found,
+    ruleset: Rules,
+    ceilings: Ceilings | None,
+    timelines: bool,
+    keep: Keep | None,
+    unreadable: list[str],
+) -> Iterator[_Read]:
+    """What can be read; of a folder the rest is told, unless it is all."""
+    reasons: list[PeftprofError] = []
+    for source in found.sources:
+        try:
+            runs = list(_source(source, ruleset, ceilings, timelines, keep))
+        except PeftprofError as error:
+            if found.named:
+                raise
+            reasons.append(error)
+            continue
+        yield from runs
+    if found.sources and len(reasons) == len(found.sources):
+        raise reasons[-1]
+    unreadable += map(str, reasons)
+
+
+def _source(
+    source: Source,
+    ruleset: Rules,
+    ceilings: Ceilings | None,
+    timelines: bool,
+    keep: Keep | None,
+) -> Iterator[_Read]:
+    try:
+        kind, processes = read(source.trace)
+        for events in processes:
+            found = attribute(events, ruleset)
+            name = f"{source.name} {events.process}".strip()
+            breakdown = make_breakdown(found, name, kind)
+            breakdown = _complete(source, breakdown, found, ruleset, ceilings)
+            if keep is not None:
+                keep(name, found)
+            yield _Read(breakdown, source.record, timeline(found) if timelines else None)
+    except TraceError as error:
+        message, path = str(error), str(source.trace)
+        # A file name may hold a line break; a message may not.
+        raise TraceError(_line(message if path in message else f"{path}: {message}")) from error
+
+
+def read(path: Path) -> tuple[str, list[Events]]:
+    """Whose trace the file at `path` is, `kineto` or `nsys`, and the events of each process.
+
+    Raises TraceError for a file that is neither, or is damaged.
+    """
+    if path.name.endswith(nsys_export.REPORTS):
+        with tempfile.TemporaryDirectory() as folder:
+            return "nsys", nsys.read(nsys_export.export(path, Path(folder)))
+    if stream.beginning(path).startswith(SQLITE):
+        return "nsys", nsys.read(path)
+    return "kineto", [kineto.read(path)]
+
+
+def _complete(
+    source: Source,
+    breakdown: Breakdown,
+    found: Attribution,
+    ruleset: Rules,
+    ceilings: Ceilings | None,
+) -> Breakdown:
+    """With what the run's record and its memory step add."""
+    record = source.record
+    measured = record.ceilings if record is not None and record.ceilings else ceilings
+    peak, notes = None, breakdown.notes
+    try:
+        if record is not None and record.memory_step is not None and source.folder is not None:
+            trace = source.folder / Path(record.memory_step.trace).name
+            peak = memory.peak(kineto.read(trace), record, ruleset)
+        else:
+            peak = memory.peak(found.events, None, ruleset)
+    except TraceError as error:
+        notes = (*notes, f"No memory: {error}")
+    return replace(
+        breakdown,
+        work=work(found, measured),
+        ceilings=measured,
+        memory=peak,
+        notes=notes,
+    )
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())
