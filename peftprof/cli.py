@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from peftprof.config import KERNELS, METHODS, PRECISIONS, PROFILERS
-from peftprof.errors import ConfigError, PeftprofError
+from peftprof.errors import ConfigError, LimitError, PeftprofError
 
 app = typer.Typer(
     name="peftprof",
@@ -138,31 +138,87 @@ def _names(text: str | None, option: str) -> tuple[str, ...] | None:
 @app.command()
 def breakdown(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders, traces, or a folder of runs.")
+        list[Path] | None, typer.Argument(help="Run folders, traces, or folders of these.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print a table for spreadsheets.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables for GitHub.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with charts.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Also write the categories as tracks for ui.perfetto.dev.")
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also draw what is printed to this file.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Operators to list.", min=0)] = 10,
     all_runs: Annotated[
         bool, typer.Option("--all", help="Every run of a folder, not the newest four.")
     ] = False,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also draw what is printed to this file.")
+    rules: Annotated[
+        Path | None, typer.Option(help="Rules of your own (TOML), before those of peftprof.")
+    ] = None,
+    ceilings: Annotated[
+        Path | None, typer.Option(help="What the device can reach: a run folder or JSON.")
+    ] = None,
+    unfair: Annotated[
+        bool, typer.Option("--unfair", help="Speed-ups also where the runs are not comparable.")
+    ] = False,
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="Such as 'dequant>25%': exit code 1 where it holds.")
     ] = None,
 ) -> None:
     """Say where each step's time went: phase by category, one run or several side by side."""
-    if json and svg is not None:
-        raise ConfigError("--json prints no picture; give --svg without it")
+    from peftprof.report import limits, picture
+    from peftprof.report.console import put
+    from peftprof.trace import ceilings as known_ceilings
     from peftprof.trace import load
+    from peftprof.trace import rules as known_rules
 
-    loaded = load(paths or [Path("traces")], all_runs=all_runs)
+    if json + csv + markdown > 1:
+        raise ConfigError("--json, --csv and --markdown are printed one at a time; give one")
+    if svg is not None and (json or csv or markdown):
+        raise ConfigError("--svg draws the table that --json, --csv and --markdown replace")
+    for option, path in (("--html", html), ("--perfetto", perfetto), ("--svg", svg)):
+        if path is not None:
+            picture.check_writable(path, option)
+    set_limits = [limits.parse(text) for text in fail_if or ()]
+    attributions: list[Any] = []
+    loaded = load(
+        paths or [Path("traces")],
+        all_runs=all_runs,
+        ruleset=known_rules.load(rules),
+        ceilings=known_ceilings.read(ceilings) if ceilings is not None else None,
+        unfair=unfair,
+        timelines=html is not None,
+        keep=(lambda *found: attributions.append(found)) if perfetto is not None else None,
+    )
+    if perfetto is not None:
+        from peftprof.report.perfetto import write
+
+        write(attributions, perfetto)
+    if html is not None:
+        from peftprof.report.page import render as page
+
+        picture.save(page(loaded), html, "--html")
     if json:
         from peftprof.report.export import to_json
 
         print(to_json(loaded))
-        return
-    from peftprof.report.breakdown import render
+    elif csv:
+        from peftprof.report.tables import to_csv
 
-    _show(render(loaded, top=top), svg, "python -m peftprof breakdown")
+        put(to_csv(loaded))
+    elif markdown:
+        from peftprof.report.tables import to_markdown
+
+        put(to_markdown(loaded, top))
+    else:
+        from peftprof.report.breakdown import render
+
+        _show(render(loaded, top=top), svg, "python -m peftprof breakdown")
+    broken = limits.broken(set_limits, loaded.breakdowns)
+    if broken:
+        raise LimitError("; ".join(broken))
 
 
 @app.command()
@@ -184,10 +240,9 @@ def env(
 
 
 def _show(renderable: Any, svg: Path | None, title: str) -> None:
-    from rich.console import Console
+    from peftprof.report.console import show
 
-    console = Console(record=svg is not None)
-    console.print(renderable)
+    console = show(renderable, record=svg is not None)
     if svg is not None:
         from peftprof.report.picture import save_svg
 
@@ -195,7 +250,10 @@ def _show(renderable: Any, svg: Path | None, title: str) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C."""
+    """Run the command line. Exit 0; 2 with one line on stderr for a user's error; 130 at Ctrl-C.
+
+    1 where a limit of --fail-if is broken, with a line that says which.
+    """
     _settle()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
