@@ -13,7 +13,6 @@ from peftprof.report.pieces import NAME_WIDTH, WIDE_FROM
 from peftprof.report.waterfall import waterfall
 from peftprof.trace import Loaded
 
-COMPARABLE = "Comparable: the same model, data, batches, precision, seed and device."
 NOT_COMPARABLE = "Not comparable:"
 NOT_KNOWN = "Whether these runs are comparable is not known"
 
@@ -77,7 +76,7 @@ def _verdict(loaded: Loaded) -> Iterator[Text]:
     if loaded.comparable is None:
         yield Text(f"{unknown(loaded)}\n")
     elif loaded.comparable:
-        yield Text(f"{COMPARABLE}\n", "green")
+        yield Text(f"{words.COMPARABLE}\n", "green")
     else:
         yield Text(NOT_COMPARABLE, "bold red")
         for difference in loaded.differences:

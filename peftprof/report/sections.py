@@ -165,7 +165,7 @@ def notes(breakdown: Breakdown) -> Iterator[str]:
             words.ms(ns, decimals) for ns in (talk.total_ns, talk.hidden_ns, talk.exposed_ns)
         )
         yield f"Communication: {total} ms a step, {hidden} hidden by other work, {exposed} exposed."
-    if breakdown.totals is not None:
+    if breakdown.totals is not None and breakdown.device != "cpu":
         whole = breakdown.totals
         shares = (whole.busy_ns, whole.compute_ns, whole.communication_ns, whole.memory_ns)
         busy, compute, communication, memory = (

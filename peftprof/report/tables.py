@@ -200,7 +200,7 @@ def _memory(run: Breakdown) -> Iterator[str]:
 def _several(loaded: Loaded) -> Iterator[str]:
     runs = loaded.breakdowns
     if loaded.comparable:
-        yield comparison.COMPARABLE
+        yield words.COMPARABLE
     elif loaded.comparable is None:
         yield escaped(comparison.unknown(loaded))
     else:

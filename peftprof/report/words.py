@@ -3,6 +3,7 @@
 import unicodedata
 
 # A line says its own name where it is not here.
+COMPARABLE = "Comparable: same model, data, batches, tokens, precision, steps, seed, device."
 LABELS = {"base_gemm": "base GEMM", "adapter_gemm": "adapter GEMM", "head_loss": "head and loss"}
 LABELS |= {"memcpy": "memory copies"}
 CAUSES = {

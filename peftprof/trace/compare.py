@@ -111,9 +111,7 @@ def _work(record: RunRecord) -> dict[str, Any]:
 def _device(record: RunRecord) -> str:
     """The device by its setting and, where the run recorded it, by its make."""
     device = str(record.config.get("device", "unknown"))
-    triton = _table(record, "kernels").get("triton")
-    interpreted = isinstance(triton, dict) and triton.get("interpreted")
-    if record.config.get("kernels") == "triton" and interpreted:
+    if interpreted(record):
         return f"{device}, kernels interpreted (times without meaning)"
     kind, _, index = device.partition(":")
     if kind == "cuda":
@@ -124,6 +122,13 @@ def _device(record: RunRecord) -> str:
     threads = _table(record, "torch").get("threads")
     model = _table(record, "cpu").get("model")
     return device + (f" {model}" if model else "") + (f", threads {threads}" if threads else "")
+
+
+def interpreted(record: RunRecord) -> bool:
+    """Whether the run's kernels were interpreted, and its times mean nothing."""
+    triton = _table(record, "kernels").get("triton")
+    told = isinstance(triton, dict) and bool(triton.get("interpreted"))
+    return told and record.config.get("kernels") == "triton"
 
 
 def _table(record: RunRecord, key: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from peftprof.records import RunRecord
 from peftprof.trace import kineto, memory, nsys, nsys_export, rules, stream
 from peftprof.trace.attribute import Attribution, attribute
 from peftprof.trace.breakdown import make_breakdown
-from peftprof.trace.compare import against_the_first, compare
+from peftprof.trace.compare import against_the_first, compare, interpreted
 from peftprof.trace.events import Events
 from peftprof.trace.rules import Rules
 from peftprof.trace.sources import Found, Source, find
@@ -163,7 +163,7 @@ def _complete(
     """With what the run's record and its memory step add."""
     record = source.record
     measured = record.ceilings if record is not None and record.ceilings else ceilings
-    peak, notes = None, breakdown.notes
+    peak, notes = None, (*_setting(record), *breakdown.notes)
     try:
         if record is not None and record.memory_step is not None and source.folder is not None:
             trace = source.folder / Path(record.memory_step.trace).name
@@ -179,6 +179,17 @@ def _complete(
         memory=peak,
         notes=notes,
     )
+
+
+def _setting(record: RunRecord | None) -> Iterator[str]:
+    """What the run was, as far as a reader of its times must know it."""
+    if record is None:
+        return
+    config = record.config
+    told = {"method": "", "kernels": "kernels ", "precision": "", "batch_size": "batch size "}
+    yield ", ".join(f"{word}{config[key]}" for key, word in told.items() if config.get(key)) + "."
+    if interpreted(record):
+        yield "Its Triton kernels were interpreted: times have no meaning."
 
 
 def _line(error: object) -> str:

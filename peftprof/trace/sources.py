@@ -50,21 +50,15 @@ def find(path: Path, all_runs: bool = False) -> Found:
 
 
 def _folder(path: Path, all_runs: bool) -> Found:
-    """The newest complete runs in a folder; or, where it has none, the traces in it."""
+    """The newest complete runs and other traces in a folder."""
     try:
         children = sorted(path.iterdir())
     except OSError as error:
         raise FolderError(f"cannot read {path}: {error.strerror}") from error
-    folders = [child for child in children if (child / "run.json").is_file()]
-    files = [child for child in children if child.is_file() and _is_trace(child, children)]
-    if not folders and not files:
-        raise FolderError(
-            f"{path} holds no run and no trace; make a run with: python -m peftprof train"
-        )
     found = Found()
     dated: list[tuple[tuple[float, str], Source]] = []
     reasons: list[PeftprofError] = []
-    for folder in folders:
+    for folder in (child for child in children if (child / "run.json").is_file()):
         try:
             source = _run(folder)
         except PeftprofError as error:
@@ -74,11 +68,19 @@ def _folder(path: Path, all_runs: bool) -> Found:
             continue
         assert source.record is not None
         dated.append((_created(source.record), source))
-    if not dated and not files:
-        raise reasons[-1]
-    dated.sort(key=lambda one: one[0])
+    taken = {source.trace for _, source in dated}
+    for file in children:
+        if file.is_file() and file not in taken and _is_trace(file, children):
+            dated.append(((file.stat().st_mtime, file.name), Source(stem(file), file)))
     if not dated:
-        dated = [((0.0, file.name), Source(stem(file), file)) for file in files]
+        raise (
+            reasons[-1]
+            if reasons
+            else FolderError(
+                f"{path} holds no run and no trace; make a run with: python -m peftprof train"
+            )
+        )
+    dated.sort(key=lambda one: one[0])
     kept = dated if all_runs else dated[-NEWEST:]
     found.sources = [source for _, source in kept]
     found.left_out = len(dated) - len(kept)

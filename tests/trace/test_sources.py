@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,12 @@ def test_a_run_that_cannot_be_read_is_left_out_of_its_folder_and_told(tmp_path: 
 
 
 def test_a_folder_of_traces(tmp_path: Path) -> None:
-    for rank in (1, 0):
+    for rank in (0, 1):
         trace = Trace()
         trace.document["distributedInfo"] = {"backend": "nccl", "rank": rank, "world_size": 2}
         trace.range("step:0", 0, 1000)
         trace.op("aten::mm", 0, 500 + rank)
-        trace.write(tmp_path, f"rank{rank}.json.gz")
+        os.utime(trace.write(tmp_path, f"rank{rank}.json.gz"), (rank, rank))
     (tmp_path / "notes.txt").write_text("no trace")
     loaded = load([tmp_path])
     assert [(b.name, b.rank) for b in loaded.breakdowns] == [("rank0", 0), ("rank1", 1)]
@@ -164,6 +165,14 @@ def test_a_run_under_nsys_is_read_from_its_export(tmp_path: Path) -> None:
         place.write_bytes(b"SQLite format 3\0")
         with pytest.raises(TraceError, match=place.name):
             load([folder])
+
+
+def test_a_trace_beside_runs_is_read_with_them_by_its_age(tmp_path: Path) -> None:
+    make_run(tmp_path, record("run"))
+    loose = make_run(tmp_path, record("other")) / "trace.json.gz"
+    for name, when in (("old.json.gz", 0), ("new.json.gz", 4e9)):
+        os.utime(shutil.copy(loose, tmp_path / name), (when, when))
+    assert names([tmp_path]) == ["old", "other", "run", "new"]
 
 
 WORK = {"aten::mm": 300, "aten::layer_norm": 200, "aten::copy_": 100, "mystery::op": 50}

@@ -4,7 +4,7 @@ from peftprof.breakdowns import Comparison
 from peftprof.report.page import parts
 from peftprof.report.page.markup import SPACE, Html, join, tag
 from peftprof.report.page.parts import ROW_HEIGHT, x_percent
-from peftprof.report.words import digits
+from peftprof.report.words import COMPARABLE, digits
 from peftprof.trace import Loaded
 
 
@@ -16,8 +16,7 @@ def verdict(loaded: Loaded) -> Html:
         return tag("p", f"Whether these runs are comparable is not known: {_unknown(loaded)}.",
                    class_="verdict unknown")  # fmt: skip
     if loaded.comparable:
-        words = "Comparable: the same model, data, batches, precision, seed and device."
-        return tag("p", words, class_="verdict yes")
+        return tag("p", COMPARABLE, class_="verdict yes")
     items = [tag("li", difference) for difference in loaded.differences]
     said = tag("p", tag("strong", "Not comparable."), SPACE, "The runs differ in:")
     return tag("div", said, tag("ul", *items), class_="verdict no")
