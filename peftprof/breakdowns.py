@@ -194,7 +194,9 @@ class Breakdown:
     """Where one run's median step went. `rows` + idle + unattributed = `step_ns.median`.
 
     `operators` and `unattributed_operators` are the longest 200 of each, not all.
-    `steps_by` names the ranges that were taken for steps, or is `whole trace`.
+    `steps_by` names the ranges that were taken for steps, or is `whole trace`. `if_free` says
+    of categories and of idle how many times as fast a step would be if their own time were
+    nothing, the most first: over the steps, an upper bound (what they hid would show).
     """
 
     name: str
@@ -219,6 +221,7 @@ class Breakdown:
     work: tuple[Work, ...] = ()
     ceilings: Ceilings | None = None
     memory: MemoryPeak | None = None
+    if_free: dict[str, Spread] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

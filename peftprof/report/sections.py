@@ -8,11 +8,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from peftprof.breakdowns import Breakdown, Ceilings, Layer, Operator, Placed, Work
+from peftprof.breakdowns import Breakdown, Ceilings, Layer, Operator, Placed, Spread, Work
 from peftprof.report import pieces, words
 from peftprof.report.pieces import STYLES, WIDE_FROM, Bar
 
 NAMED_FROM = 0.01  # a share of unattributed time that is worth listing its operators for
+GAINS = 3  # categories of which it is said what their absence would gain
 UNLIKE = 1.5  # longest over shortest step from which the reader is told
 RULE_WIDTH = 28
 
@@ -175,7 +176,21 @@ def notes(breakdown: Breakdown) -> Iterator[str]:
             f"Whole trace: {words.ms(whole.span_ns, decimals)} ms, busy {busy} %: "
             f"compute {compute}, communication {communication}, copies {memory}."
         )
+    if breakdown.if_free:
+        yield if_free(breakdown)
     yield from (words.clean(text) for text in breakdown.notes)
+
+
+def if_free(breakdown: Breakdown) -> str:
+    """What a step would gain at most without its longest categories."""
+    gains = list(breakdown.if_free.items())[:GAINS]
+    said = "; ".join(f"{words.label(name)} {_times(gain)}" for name, gain in gains)
+    return f"As fast at most if it took no time: {said}."
+
+
+def _times(gain: Spread) -> str:
+    span = f"{gain.min:.2f}-{gain.max:.2f}"
+    return f"{gain.median:.2f}x" + (f" ({span})" if gain.max > gain.min else "")
 
 
 def below(breakdown: Breakdown, top: int) -> Iterator[Padding]:

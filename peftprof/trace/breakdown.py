@@ -62,6 +62,7 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
         layers=tuple(_layers(found, float(windows.mean()))),
         communication=_communication(found),
         totals=_totals(found),
+        if_free=_if_free(found, parts),
         notes=tuple(_notes(found)),
     )
 
@@ -125,6 +126,22 @@ def _rules(found: Attribution, part: Ints) -> dict[int, tuple[Placed, ...]]:
     for key in np.flatnonzero(sums).tolist():
         placed.setdefault(key // width, []).append((key % width, float(sums[key])))
     return {part: _shares(found, rules) for part, rules in placed.items()}
+
+
+def _if_free(found: Attribution, parts: Floats) -> dict[str, Spread]:
+    """How many times as fast each step would be without a category, or without idle."""
+    known = len(PHASES) * len(CATEGORIES)
+    by_category = parts[:, :known].reshape(-1, len(PHASES), len(CATEGORIES)).sum(axis=1)
+    idle = found.idle_ns.sum(axis=1)[:, None]
+    windows = found.windows.length[:, None]
+    spent = np.concatenate([by_category, idle], axis=1)[windows[:, 0] > 0]
+    left = windows[windows[:, 0] > 0] - spent
+    gains: dict[str, Spread] = {}
+    for i in np.flatnonzero(spent.any(axis=0) & (left > 0).all(axis=0)).tolist():
+        gain = (left[:, i] + spent[:, i]) / left[:, i]
+        spread = Spread(float(np.median(gain)), float(gain.min()), float(gain.max()))
+        gains[(*CATEGORIES, "idle")[i]] = spread
+    return dict(sorted(gains.items(), key=lambda one: -one[1].median))
 
 
 def _whole_rules(found: Attribution) -> tuple[Placed, ...]:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from peftprof.breakdowns import Breakdown
+from peftprof.breakdowns import Breakdown, Spread
 from peftprof.trace import load
 from tests.trace.build import Trace
 
@@ -79,3 +79,18 @@ def test_a_step_cut_off_by_the_end_of_the_trace_is_a_step(tmp_path: Path) -> Non
     found = breakdown(trace, tmp_path)
     assert found.steps == 3
     assert (found.step_ns.min, found.step_ns.median, found.step_ns.max) == (100, 1000, 1000)
+
+
+def test_what_a_step_gains_at_most_where_a_category_takes_no_time(tmp_path: Path) -> None:
+    """Of each step 1000 / (1000 - its own time); the median and the extremes."""
+    found = breakdown(steps((100, 500, 0), (200, 300, 50), (600, 100, 100)), tmp_path)
+    assert found.if_free == {
+        "idle": Spread(1000 / 600, 1000 / 800, 1000 / 550),  # idle 400, 450 and 200
+        "memcpy": Spread(1000 / 700, 1000 / 900, 1000 / 500),
+        "elementwise": Spread(1000 / 800, 1000 / 900, 1000 / 400),
+    }
+    assert list(found.if_free) == ["idle", "memcpy", "elementwise"]
+
+
+def test_a_step_of_one_category_alone_is_not_said_to_become_nothing(tmp_path: Path) -> None:
+    assert breakdown(steps((1000, 0, 0)), tmp_path).if_free == {}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from peftprof.breakdowns import Breakdown, Operator
 from peftprof.report.page import numbers, parts
 from peftprof.report.page.markup import Html, join, tag
+from peftprof.report.sections import if_free
 from peftprof.report.words import called, digits
 
 TOP = 20  # operators that are listed
@@ -180,6 +181,8 @@ def notes(number: int, run: Breakdown) -> Html:
     if run.overlap_ns > 0.001 * step.median:
         more = numbers.duration(run.overlap_ns)
         said.append(f"Overlap: {more} of further work a step ran beside what is counted here.")
+    if run.if_free:
+        said.append(if_free(run))
     return tag("ul", *(tag("li", words) for words in (*said, *run.notes)))
 
 
