@@ -45,7 +45,9 @@ def surroundings(events: Events, found: Steps, ruleset: Rules) -> Context:
     is_range, is_operator = events.kind == Kind.RANGE, events.kind == Kind.OPERATOR
     rows = np.arange(len(events))
     of_name = _range_names(events, ruleset)
-    phase = tree.inherit(np.where(is_range, of_name.phase[events.name], NONE))
+    own_phase = np.where(is_range, of_name.phase[events.name], NONE)
+    own_phase[_with_closure(events, tree, own_phase)] = NONE
+    phase = tree.inherit(own_phase)
     own_range = np.where(is_range, of_name.rule[events.name], NONE)
     in_range = tree.inherit(own_range)
     layer_name = np.where(of_name.layer, np.arange(len(events.names)), NONE)
@@ -73,6 +75,9 @@ def surroundings(events: Events, found: Steps, ruleset: Rules) -> Context:
     after = first(
         enclosing, linked(enclosing), own[Reach.INHERIT], linked(own[Reach.INHERIT]), last
     )
+    # Hooks run in the engine's wrapper round a node, and no operator tells of them either.
+    hooks = (is_operator & _named(events, rules.ENGINE))[operator] & (operator != NONE)
+    python |= hooks & (first(in_range, before, after) == NONE)
     return Context(
         tree=tree,
         phase=phase,
@@ -141,14 +146,32 @@ def _operator_rules(
     return result
 
 
+def _named(events: Events, prefix: str) -> Bools:
+    """Which events have a name that begins so."""
+    matches: Bools = np.array([name.startswith(prefix) for name in events.names], np.bool_)
+    return matches[events.name]
+
+
+def _with_closure(events: Events, tree: Tree, phase: Ints) -> Ints:
+    """Optimizer ranges in which operators run whose gradients are computed later.
+
+    They call a closure that does the whole step, so they say nothing of what is inside.
+    `phase` is what each range says by itself.
+    """
+    around = tree.inherit(np.where(phase != NONE, np.arange(len(events)), NONE))
+    holds = around[np.unique(events.forward[events.forward != NONE])]
+    holds = holds[holds != NONE]
+    found: Ints = holds[phase[holds] == OPTIMIZER]
+    return found
+
+
 def _complete_phase(events: Events, found: Steps, tree: Tree, phase: Ints) -> Ints:
     """Without a phase range round it, work of the autograd engine is backward, all else other.
 
     Where operators were not recorded, as by nsys, the engine's thread is any other thread
     that works while the step's own is in its backward phase, waiting for it.
     """
-    engine_name = np.array([name.startswith(rules.ENGINE) for name in events.names], np.bool_)
-    engine = engine_name[events.name] & (events.kind == Kind.OPERATOR)
+    engine = _named(events, rules.ENGINE) & (events.kind == Kind.OPERATOR)
     under = tree.inherit(np.where(engine, BACKWARD, NONE))
     if engine.any():
         threads = np.setdiff1d(events.thread[engine], found.thread)

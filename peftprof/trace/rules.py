@@ -20,9 +20,13 @@ from peftprof.trace.events import NONE, Ints
 IDLE = len(CATEGORIES)
 # The engine wraps every backward operator in a range of this name.
 ENGINE = "autograd::engine::evaluate_function: "
-# Rules that are no pattern: a layer's range, a phase.
-HEAD, OPTIMIZER = 0, 1
-BUILT_IN = (("layer: head", "head_loss"), ("phase: optimizer", "optimizer"))
+# Rules that are no pattern: a layer's range, a phase, what the trace itself calls a copy.
+HEAD, OPTIMIZER, COPY = 0, 1, 2
+BUILT_IN = (
+    ("layer: head", "head_loss"),
+    ("phase: optimizer", "optimizer"),
+    ("kind: copy or fill", "memcpy"),
+)
 
 
 class Reach(Enum):
@@ -189,15 +193,30 @@ def _pattern(parts: str | Iterable[str]) -> re.Pattern[str]:
 
 def match(rules: Sequence[Rule], names: Sequence[tuple[str, str]]) -> NameRules:
     """The first rule that fits each (name, name of the operator round it)."""
-    found = [_first(rules, name.removeprefix(ENGINE), parent) for name, parent in names]
+
+    @cache
+    def fitting(name: str) -> tuple[Rule, ...]:
+        """The rules that match, as far as the first that does so under any parent."""
+        found: list[Rule] = []
+        for rule in rules:
+            if rule.match.fullmatch(name):
+                found.append(rule)
+                if rule.under is None:
+                    break
+        return tuple(found)
+
+    @cache
+    def holds(under: re.Pattern[str] | None, parent: str) -> bool:
+        return under is None or under.fullmatch(parent) is not None
+
+    # A name is matched once, however many parents it has.
+    found = [
+        next(
+            (rule for rule in fitting(name.removeprefix(ENGINE)) if holds(rule.under, parent)), None
+        )
+        for name, parent in names
+    ]
     return NameRules(
         np.fromiter((rule.number if rule else NONE for rule in found), np.int64, len(found)),
         tuple(rule.reach if rule else None for rule in found),
     )
-
-
-def _first(rules: Sequence[Rule], name: str, parent: str) -> Rule | None:
-    for rule in rules:
-        if rule.match.fullmatch(name) and (rule.under is None or rule.under.fullmatch(parent)):
-            return rule
-    return None
