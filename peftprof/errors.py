@@ -16,9 +16,20 @@ Anything else that escapes is a bug and keeps its traceback.
 
 
 class PeftprofError(Exception):
-    """Base of every error meant for the user; `exit_code` is the process's."""
+    """Base of every error meant for the user; `exit_code` is the process's.
+
+    Whatever names of files and values of traces bring into a message, it stays one line.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, control characters and the like, a space between words."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 class ConfigError(PeftprofError):

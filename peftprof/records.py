@@ -188,9 +188,8 @@ def read_record(folder: Path) -> RunRecord:
     path = folder / "run.json"
     try:
         return decode(RunRecord, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = " ".join(str(error).split())
-        raise FolderError(f"{path} is damaged ({why}); name another run") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise FolderError(f"{path} is damaged ({error}); name another run") from error
 
 
 def encode(record: Any) -> Any:

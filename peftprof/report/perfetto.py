@@ -7,6 +7,7 @@ A category goes by its name in reports: `memcpy` would be taken for torch.profil
 
 import contextlib
 import gzip
+import heapq
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ from peftprof.errors import FolderError
 from peftprof.report import words
 from peftprof.report.picture import check_writable
 from peftprof.trace.attribute import Attribution
-from peftprof.trace.events import NONE, Ints
+from peftprof.trace.events import NONE, Ints, rows_of
 from peftprof.trace.nesting import Segments
-from peftprof.trace.sweep import cut
-from peftprof.trace.timeline import lane_name
+from peftprof.trace.sweep import Cover, cut, joined
+from peftprof.trace.timeline import lane_names
 
 OTHER = PHASES.index("other")
 GROUPS = (*CATEGORIES, "unattributed")
@@ -112,7 +113,14 @@ def _steps(track: Track, found: Attribution) -> Iterator[Event]:
 def _phases(track: Track, found: Attribution) -> Iterator[Event]:
     """Stretches of each step in which the work that began was of one phase."""
     yield from track.about()
-    step, work = cut(found.work, found.windows)
+    windows = found.windows
+    # What begins in a step, and what runs as it begins.
+    step, running = cut(Cover.of(found.work).segments, windows)
+    into = running.start == windows.start[step]
+    begins = windows.holding(found.work.start)
+    inside = begins != NONE
+    work = joined([running[into], found.work[inside]])
+    step = np.append(step[into], begins[inside])
     order = np.argsort(work.start, kind="stable")
     step, work = step[order], work[order]
     phase = found.meaning.phase[work.row]
@@ -121,7 +129,8 @@ def _phases(track: Track, found: Attribution) -> Iterator[Event]:
         return
     start = work.start[first]
     # A stretch lasts as long as its work, but not into the next one.
-    end = np.minimum(np.maximum.reduceat(work.end, first), np.append(start[1:], work.end.max()))
+    end = np.minimum(np.maximum.reduceat(work.end, first), windows.end[step[first]])
+    end = np.minimum(end, np.append(start[1:], end[-1]))
     columns = (phase[first], start, end)
     for number, begin, stop in zip(*(c.tolist() for c in columns), strict=True):
         if number != OTHER and begin < stop:
@@ -141,14 +150,13 @@ def _lanes(found: Attribution) -> Iterator[tuple[str, Segments]]:
     """The work of the steps by category, then thread; what overlaps is put side by side."""
     work = found.work[_in_steps(found)]
     group = found.meaning.category[work.row] % len(GROUPS)  # NONE is the last
-    thread = found.events.thread[work.row]
-    for number in np.unique(group).tolist():
-        threads = np.unique(thread[group == number]).tolist()
-        for t in threads:
-            here = work[(group == number) & (thread == t)]
-            label = f"{words.label(GROUPS[number])}, {words.clean(lane_name(found.events, t))}"
-            for place, lane in enumerate(_apart(here), 1):
-                yield label if place == 1 else f"{label} ({place})", lane
+    names = lane_names(found.events)
+    width = len(names)
+    for key, rows in rows_of(group * width + found.events.thread[work.row]):
+        name = names[key % width]
+        label = f"{words.label(GROUPS[key // width])}, {words.clean(name)}"
+        for place, lane in enumerate(_apart(work[rows]), 1):
+            yield label if place == 1 else f"{label} ({place})", lane
 
 
 def _in_steps(found: Attribution) -> Ints:
@@ -164,13 +172,16 @@ def _apart(work: Segments) -> list[Segments]:
     work = work[np.argsort(work.start, kind="stable")]
     if (work.start[1:] >= work.end[:-1]).all():
         return [work]
-    ends: list[int] = []
+    lines: list[tuple[int, int]] = []  # a heap: when the last of each ends, its number
     line = np.zeros(len(work), np.int64)
     for i, (start, end) in enumerate(zip(work.start.tolist(), work.end.tolist(), strict=True)):
-        free = next((n for n, until in enumerate(ends) if until <= start), len(ends))
-        ends[free : free + 1] = [end]
-        line[i] = free
-    return [work[line == n] for n in range(len(ends))]
+        if lines and lines[0][0] <= start:
+            line[i] = lines[0][1]
+            heapq.heapreplace(lines, (end, lines[0][1]))
+        else:
+            line[i] = len(lines)
+            heapq.heappush(lines, (end, len(lines)))
+    return [work[rows] for _, rows in rows_of(line)]
 
 
 def _work(track: Track, found: Attribution, lane: Segments) -> Iterator[Event]:

@@ -30,6 +30,8 @@ def label(category: str) -> str:
 
 def clean(text: str) -> str:
     """`text` without control, formatting and unassigned characters, on one line."""
+    if text.isprintable():
+        return " ".join(text.split())
     kept = (" " if c.isspace() else c for c in text if c.isspace() or _is_visible(c))
     return " ".join("".join(kept).split())
 

@@ -6,6 +6,7 @@ docs/reading-a-breakdown.md tells the rules in words.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peftprof.breakdowns import CATEGORIES, PHASES
 from peftprof.errors import TraceError
@@ -16,6 +17,8 @@ from peftprof.trace.idle import causes
 from peftprof.trace.nesting import Segments, Tree, launch_free
 from peftprof.trace.rules import Reach, Rules
 from peftprof.trace.sweep import Cover, Pieces, Windows, cut, share_out, table
+
+Floats = NDArray[np.float64]
 
 COMMUNICATION = CATEGORIES.index("communication")
 
@@ -76,7 +79,7 @@ class Attribution:
     entries: Calls
     idle: Idle
     idle_ns: Ints
-    overlap_ns: Ints
+    overlap_ns: Floats
     collective: Bools
     work: Segments
     tree: Tree
@@ -122,7 +125,7 @@ def _names_of(events: Events, kind: Kind) -> list[str]:
 
 
 def _cpu(events: Events, ruleset: Rules) -> Attribution:
-    for found in steps.candidates(events, ruleset):
+    for found in steps.candidates(events, ruleset) if len(events) else ():
         context = surroundings(events, found, ruleset)
         running = _running(events, context)
         own = events.thread[running.row] == found.thread
@@ -273,14 +276,23 @@ def _kernel_rules(events: Events, context: Context, ruleset: Rules) -> tuple[Int
         by_name(Reach.OWN),
         from_host(context.after),
         by_name(Reach.LAST),
+        np.where(events.kind > Kind.KERNEL, rules.COPY, NONE),
     )
     collective = events.on_device & (ruleset.category_of[surely] == COMMUNICATION)
     return np.where(events.on_device, rule, context.rule), collective
 
 
-def _overlap(work: Segments, pieces: Pieces, windows: Windows) -> Ints:
-    step, parts = cut(work, windows)
-    total = np.zeros(len(windows), np.int64)
-    np.add.at(total, step, parts.end - parts.start)
-    np.subtract.at(total, pieces.step, pieces.ns)
-    return total
+def _overlap(work: Segments, pieces: Pieces, windows: Windows) -> Floats:
+    """Time in each window in which work ran, once for all that ran side by side, less `pieces`.
+
+    In doubles: what runs side by side for years is more than an int64 of nanoseconds.
+    """
+    time = np.append(work.start, work.end)
+    change = np.repeat([1, -1], len(work))
+    order = np.argsort(time, kind="stable")
+    time, running = time[order], np.cumsum(change[order])
+    step, parts = cut(Segments(time[:-1], time[1:], running[:-1]), windows)
+    ran = np.bincount(step, parts.row * (parts.end - parts.start).astype(np.float64), len(windows))
+    counted = np.bincount(pieces.step, pieces.ns, len(windows))
+    beside: Floats = np.maximum(ran - counted, 0.0)
+    return beside

@@ -1,7 +1,6 @@
 """Reads measured ceilings back: those of a run, or a file written by hand for another device."""
 
 import json
-import math
 from pathlib import Path
 
 from peftprof.breakdowns import Ceilings
@@ -9,6 +8,7 @@ from peftprof.errors import ConfigError
 from peftprof.records import decode
 
 MOST_BYTES = 1 << 24
+MOST_RATE = 1e24  # a second; what divides by one and is divided by one stays a number
 
 
 def read(path: Path) -> Ceilings:
@@ -28,9 +28,8 @@ def read(path: Path) -> Ceilings:
             if value is None:
                 raise ValueError("that run measured none")
         ceilings = decode(Ceilings, value)
-        rates = (ceilings.bytes_per_s, *ceilings.flops_per_s.values())
-        if not all(0 < rate < math.inf for rate in rates):
-            raise ValueError("a rate is not above zero")
+        if not can_be(ceilings):
+            raise ValueError("it has rates that cannot be")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(
@@ -38,3 +37,9 @@ def read(path: Path) -> Ceilings:
             "file with source, flops_per_s and bytes_per_s"
         ) from error
     return ceilings
+
+
+def can_be(ceilings: Ceilings) -> bool:
+    """Whether all rates are those of a machine."""
+    rates = (ceilings.bytes_per_s, *ceilings.flops_per_s.values())
+    return all(1 <= rate <= MOST_RATE for rate in rates)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from peftprof.errors import TraceError
 from peftprof.trace.events import NONE, Ints, Kind, Operands
+from peftprof.trace.numbering import Names, Places, Signatures
 
 # Categories as written by torch 1.8 to 2.13, lower case; other categories are not read.
 KINDS = {
@@ -44,11 +45,12 @@ TOLD_BY_VALUES = re.compile(
     r"bitsandbytes::.*|peftprof::.*|aten::.*(conv|_scaled_mm|attention).*", re.DOTALL
 )
 
-NUMBER = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?|nan|inf", re.ASCII)
-MAX_US = 9e15  # int64 nanoseconds end at 9.22e15 microseconds
+NUMBER = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?|-?inf", re.ASCII)
+MAX_US = 4.5e15  # from 1827 to 2112; a time and a duration together are still an int64 of ns
 EXACT_US = 2**53 / 1000  # above it a double knows no nanoseconds
 MAX_ID = 1 << 62
-MAX_NAME = 4096  # characters; a mangled template may have hundreds, a name that is data more
+MAX_CATEGORIES = 1000  # that are remembered not to be read
+MAX_ENTRIES = 50_000_000  # of a trace; an hour of training has fewer
 
 RAW = {"dims": "Input Dims", "types": "Input type", "concrete": "Concrete Inputs"}
 _NOTHING = msgspec.Raw(b"")
@@ -100,8 +102,8 @@ class Document(msgspec.Struct):
     """A whole trace file; what is not read is any JSON."""
 
     entries: list[Entry] = msgspec.field(name="traceEvents")
-    devices: Any = msgspec.field(default=None, name="deviceProperties")
-    distributed: Any = msgspec.field(default=None, name="distributedInfo")
+    devices: msgspec.Raw = msgspec.field(default=_NOTHING, name="deviceProperties")
+    distributed: msgspec.Raw = msgspec.field(default=_NOTHING, name="distributedInfo")
 
 
 def loosely(raw: Any) -> Entry | None:
@@ -121,7 +123,7 @@ def loosely(raw: Any) -> Entry | None:
     }
     for name, key in RAW.items():
         if isinstance(found.get(key), list):
-            arguments[name] = msgspec.Raw(_json(found[key]))
+            arguments[name] = raw_json(found[key])
     return Entry(
         ph=_text(raw.get("ph")),
         cat=_text(raw.get("cat")),
@@ -135,11 +137,12 @@ def loosely(raw: Any) -> Entry | None:
     )
 
 
-def _json(value: Any) -> bytes:
+def raw_json(value: Any) -> msgspec.Raw:
+    """`value` as JSON; nothing at all where it cannot be written as such."""
     try:
-        return msgspec.json.encode(value)
+        return msgspec.Raw(msgspec.json.encode(value))
     except (RecursionError, UnicodeError):
-        return b""
+        return _NOTHING
 
 
 def _number(value: Any, missing: Any) -> int:
@@ -150,7 +153,9 @@ def _number(value: Any, missing: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)[:MAX_NAME]
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) else ""
 
 
 def _place(value: Any) -> int | str:
@@ -161,24 +166,17 @@ def _time(value: Any) -> float | str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if abs(value) < 1e300 else float("inf")
+        return float("inf") if abs(value) > 1e300 else float(value)  # NaN stays what it is
     return None if value is None else float("nan")
-
-
-class Numbers(dict[Any, int]):
-    """Numbers for values in the order in which they are first asked for."""
-
-    def __missing__(self, value: Any) -> int:
-        """The next number, for a value that has none yet."""
-        number = self[value] = len(self)
-        return number
 
 
 class _Kinds(dict[str, int]):
     """The Kind of a category, however it is spelt; NONE for one that is not read."""
 
     def __missing__(self, cat: str) -> int:
-        kind = self[cat] = KINDS.get(cat.lower(), NONE)
+        kind = KINDS.get(cat.lower(), NONE)
+        if kind != NONE or len(self) < MAX_CATEGORIES:
+            self[cat] = kind
         return kind
 
 
@@ -200,18 +198,19 @@ class Columns:
     """
 
     def __init__(self, path: Path, exact: bool) -> None:
-        self.names = Numbers()
-        self.places: dict[Place, int] = Numbers()
-        self.signatures: dict[tuple[bytes, bytes, bytes], int] = Numbers()
+        self.names = Names()
+        self.places = Places(path)
+        self.signatures = Signatures()
         self.timeless = 0  # events that were left out because they say no time
         self._path = path
         self._exact = exact
         self._kinds = _Kinds()
         self._parts: dict[str, list[dict[str, Ints]]] = {}
-        self._valued: dict[str, bool] = {}
+        self._valued: dict[int, bool] = {}  # by name
+        self._count = 0
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Take in entries. Raises TraceError for a time that cannot be."""
+        """Take in entries. Raises TraceError for a time that cannot be, and for too many."""
         flows: dict[str, list[Entry]] = {cat: [] for cat in FLOWS}
         memory, others = [], []
         complete = []
@@ -220,6 +219,11 @@ class Columns:
                 complete.append(entry)
             else:
                 others.append(entry)
+        self._count += len(complete) + len(others)
+        if self._count > MAX_ENTRIES:
+            raise TraceError(
+                f"{self._path} holds more than {MAX_ENTRIES:,} events; profile fewer steps"
+            )
         self._add_events(complete)
         for entry in others:
             if entry.ph in "sf" and entry.cat in flows and isinstance(entry.id, int):
@@ -257,7 +261,8 @@ class Columns:
             complete, kind, start = [*compress(complete, wanted)], kind[wanted], start[wanted]
         args = [e.args for e in complete]
         duration = _micro([e.dur for e in complete])
-        names, places = self.names, self.places
+        name = [self.names[e.name] for e in complete]
+        places = self.places
         begin = self._nanoseconds(start)
         # An event that was never closed has no duration, or a negative one.
         lasting = np.maximum(self._nanoseconds(duration), 0)
@@ -265,7 +270,7 @@ class Columns:
             "events",
             {
                 "kind": kind,
-                "name": _ints([names[e.name] for e in complete]),
+                "name": _ints(name),
                 "place": _ints([places[e.pid, e.tid] for e in complete]),
                 "start": begin,
                 "end": begin + lasting,
@@ -273,7 +278,7 @@ class Columns:
                 "external": _ids([max(a.external, a.external_lower) for a in args]),
                 "sequence": _ids([a.sequence for a in args]),
                 "forward_thread": _ids([a.forward_thread for a in args]),
-                "operands": self._operands(complete, kind),
+                "operands": self._operands(complete, kind, name),
                 "bytes": _ids([a.bytes for a in args]),
             },
         )
@@ -283,7 +288,7 @@ class Columns:
             raise InexactTimesError
         return nanoseconds(self._path, micro, missing)
 
-    def _operands(self, events: list[Entry], kind: Ints) -> Ints:
+    def _operands(self, events: list[Entry], kind: Ints, name: list[int]) -> Ints:
         found = np.full(len(events), NONE, np.int64)
         signatures = self.signatures
         rows = np.flatnonzero(kind == Kind.OPERATOR).tolist()
@@ -291,10 +296,10 @@ class Columns:
             args = events[row].args
             if args.dims is _NOTHING:
                 continue
-            name = events[row].name
-            valued = self._valued.get(name)
+            valued = self._valued.get(name[row])
             if valued is None:
-                valued = self._valued[name] = TOLD_BY_VALUES.fullmatch(name) is not None
+                told = TOLD_BY_VALUES.fullmatch(events[row].name)
+                valued = self._valued[name[row]] = told is not None
             key = bytes(args.dims), bytes(args.types), bytes(args.concrete) if valued else b""
             found[row] = signatures[key]
         return found
@@ -312,7 +317,7 @@ class Columns:
         )
 
     def _add_memory(self, found: list[Entry]) -> None:
-        found = [e for e in found if e.ts is not None]
+        found = [e for e in found if e.ts is not None and e.ts == e.ts]
         args = [e.args for e in found]
         self._put(
             "memory",
@@ -355,7 +360,8 @@ def _clipped(values: Sequence[int]) -> Ints:
 def _micro(values: Sequence[float | str | None]) -> NDArray[Any]:
     """Microseconds as doubles, NaN where missing; as text where any is text, empty there."""
     if str in set(map(type, values)):
-        return np.array(["" if v is None else str(v) for v in values])
+        # Objects: one text of a megabyte would make an array of texts that wide.
+        return np.array(["" if v is None or v != v else str(v) for v in values], dtype=object)
     return np.array(values, dtype=np.float64)
 
 

@@ -7,6 +7,9 @@ from typing import Any
 from peftprof.breakdowns import CATEGORIES, Bar, Breakdown, Comparison
 from peftprof.records import RunRecord
 
+LONGEST = 80  # characters that are shown of a setting
+MOST_MS = 1e12  # of a step; a quotient of two is a number
+
 
 def compare(
     records: Sequence[RunRecord | None], names: Sequence[str] = ()
@@ -87,20 +90,20 @@ def _by_category(breakdown: Breakdown) -> dict[str, float]:
 def _timed(base: RunRecord | None, other: RunRecord | None) -> float | None:
     if base is None or other is None or base.timed is None or other.timed is None:
         return None
-    return base.timed.step_p50_ms / other.timed.step_p50_ms if other.timed.step_p50_ms else None
+    before, after = base.timed.step_p50_ms, other.timed.step_p50_ms
+    return before / after if all(0 < ms < MOST_MS for ms in (before, after)) else None
 
 
 def _work(record: RunRecord) -> dict[str, Any]:
     """What a step works on and where, but not how it is trained: the method is the question."""
     model, data, timed, profiled = record.model, record.data, record.timed, record.profiled
-    config = record.config
     return {
         "model": f"{model.name} {model.fingerprint[:8]}" if model else "unknown",
         "data": f"{data.name} {data.fingerprint[:8]}" if data else "unknown",
-        "batch size": config.get("batch_size", "unknown"),
-        "maximal length": config.get("max_length", "unknown"),
-        "precision": config.get("precision", "unknown"),
-        "seed": config.get("seed", "unknown"),
+        "batch size": setting(record, "batch_size"),
+        "maximal length": setting(record, "max_length"),
+        "precision": setting(record, "precision"),
+        "seed": setting(record, "seed"),
         "device": _device(record),
         "timed steps": timed.steps if timed else "unknown",
         "profiled steps": profiled.active_steps if profiled else "unknown",
@@ -108,19 +111,29 @@ def _work(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def setting(record: RunRecord, key: str) -> str:
+    """One of the run's settings; `unknown` where it has none, or none that a setting can be."""
+    return _scalar(record.config.get(key)) or "unknown"
+
+
+def _scalar(value: Any) -> str:
+    return str(value)[:LONGEST] if isinstance(value, str | int | float) else ""
+
+
 def _device(record: RunRecord) -> str:
     """The device by its setting and, where the run recorded it, by its make."""
-    device = str(record.config.get("device", "unknown"))
+    device = setting(record, "device")
     if interpreted(record):
         return f"{device}, kernels interpreted (times without meaning)"
     kind, _, index = device.partition(":")
     if kind == "cuda":
         made = _table(record, "cuda").get("devices")
-        names = [d.get("name") for d in made if isinstance(d, dict)] if made else []
+        listed = made if isinstance(made, list) else []
+        names = [_scalar(d.get("name")) for d in listed if isinstance(d, dict)]
         number = int(index) if index.isdecimal() else 0
         return f"{device} {names[number]}" if number < len(names) else device
-    threads = _table(record, "torch").get("threads")
-    model = _table(record, "cpu").get("model")
+    threads = _scalar(_table(record, "torch").get("threads"))
+    model = _scalar(_table(record, "cpu").get("model"))
     return device + (f" {model}" if model else "") + (f", threads {threads}" if threads else "")
 
 

@@ -137,6 +137,13 @@ def nesting_order(thread: Ints, start: Ints, end: Ints, kind: Ints) -> Ints:
     return order
 
 
+def rows_of(values: Ints) -> list[tuple[int, Ints]]:
+    """Each distinct value, in order, and the rows that have it."""
+    order = np.argsort(values, kind="stable")
+    found, first = np.unique(values[order], return_index=True)
+    return list(zip(found.tolist(), np.split(order, first[1:]), strict=True)) if len(found) else []
+
+
 def one_key(thread: Ints, time: Ints) -> Ints:
     """Thread and time as one number, which is ordered and equal as they are together."""
     if not len(time):

@@ -18,20 +18,26 @@ from peftprof.errors import TraceError
 from peftprof.trace import links, stream
 from peftprof.trace.columns import (
     FLOWS,
-    MAX_NAME,
     Columns,
     Document,
     Entry,
     InexactTimesError,
-    Numbers,
     Place,
     Table,
     loosely,
+    raw_json,
 )
-from peftprof.trace.events import NONE, Events, Ints, Kind, MemoryLog, Thread, nesting_order
+from peftprof.trace.events import NONE, Bools, Events, Ints, Kind, MemoryLog, Thread, nesting_order
+from peftprof.trace.numbering import MAX_NAME
 
-# Before torch 1.12 a record_function range came as an operator.
-OUR_RANGE = re.compile(r"(step|phase|layer|op):.")
+# Before torch 1.12 a record_function range came as an operator: ours, and those that PyTorch,
+# its examples and Lightning open.
+A_RANGE = re.compile(
+    r"(step|phase|layer|op):.|ProfilerStep#|Optimizer\.\w+#|enumerate\(DataLoader\)#|\[pl\]\["
+    r"|## .* ##$|DistributedDataParallel\.|FullyShardedDataParallel\.|(nccl|gloo|mpi):[^:]"
+)
+# What torch.compile made runs in a range, and on a CPU no operator tells of it.
+GENERATED = re.compile(r"## Call CompiledFxGraph ")
 
 # A double holds 13 digits of microseconds to the nanosecond, and no more. Traces with
 # absolute times have 16. The first of them are the same throughout (they change once in
@@ -39,7 +45,12 @@ OUR_RANGE = re.compile(r"(step|phase|layer|op):.")
 # quoted and read as decimal text, which takes longer.
 LONG_TIME = re.compile(rb'("ts"\s*:\s*)(\d{14,}\.\d+)')
 TIME = b'"ts"'
+TRUNCATED = "Input data was truncated"  # msgspec's words
 CHANGING_DIGITS = 12
+
+MAX_LOOSE = 8 << 20  # bytes that are made Python objects of, which take some thirty times as much
+MAX_ABOUT = 1 << 20  # bytes of what a trace says of its devices
+MAX_SPAN_NS = 1 << 62  # 146 years; twice a time is still an int64
 
 _entries = msgspec.json.Decoder(list[Entry])
 _document = msgspec.json.Decoder(Document)
@@ -84,12 +95,27 @@ def _in_pieces(path: Path, shorten: bool) -> tuple[Columns, Document]:
     try:
         for document in stream.pieces(path, parser.read):
             columns.add(document.entries)
-    except stream.UnreadableError:
-        document = None
-    if document is None:
-        columns, document = Columns(path, exact=True), _read_whole(path)
-        columns.add(document.entries)
+    except ValueError as error:
+        raise TraceError(f"{path} {_why(error)}") from error
+    assert document is not None  # the last piece is always there
     return columns, document
+
+
+def _why(error: ValueError) -> str:
+    """What is wrong with a trace whose last piece could not be read for `error`."""
+    cut_off = str(error) == TRUNCATED
+    if isinstance(error, json.JSONDecodeError):
+        text = error.doc.rstrip()
+        cut_off = error.pos >= len(text) - 1 or not text.endswith(("}", "]"))
+    if cut_off:
+        return "ends in the middle of its JSON; record it again"
+    if isinstance(error, _NoListError):
+        return "is JSON but no trace: it has no traceEvents; name a trace.json(.gz)"
+    return f"{stream.CORRUPT} ({error})"
+
+
+class _NoListError(ValueError):
+    """JSON without a list of entries."""
 
 
 class _UnlikeTimesError(Exception):
@@ -121,7 +147,9 @@ class _Parser:
             if text.startswith(b"["):
                 return Document(_entries.decode(text))
             return _document.decode(text)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError) as error:
+            if str(error) == TRUNCATED:
+                raise ValueError(TRUNCATED) from error
             # Types that vary, bare NaN, raw control characters, broken UTF-8: Kineto and
             # those who write its format have done all of it.
             return _loose(text)
@@ -135,6 +163,8 @@ def _without_long_times(text: bytes, long: bytes, short: bytes) -> bytes:
 
 def _loose(text: bytes) -> Document:
     """The same with a parser that takes more. Raises ValueError for what is no JSON."""
+    if len(text) > MAX_LOOSE:
+        raise ValueError("an event of megabytes in JSON that is not strict")
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -145,27 +175,10 @@ def _loose(text: bytes) -> Document:
     about = value if isinstance(value, dict) else {}
     raw = about.get("traceEvents") if about else value
     if not isinstance(raw, list):
-        raise ValueError("no list of entries")
+        raise _NoListError
     entries = [entry for entry in map(loosely, raw) if entry is not None]
-    return Document(entries, about.get("deviceProperties"), about.get("distributedInfo"))
-
-
-def _read_whole(path: Path) -> Document:
-    """The trace that cannot be read in pieces, or why it cannot be read at all."""
-    text = stream.whole(path)
-    try:
-        return _Parser(shorten=False).read(text)
-    except json.JSONDecodeError as error:
-        if error.pos >= len(error.doc.rstrip()) - 1 or not text.rstrip().endswith((b"}", b"]")):
-            raise TraceError(f"{path} ends in the middle of its JSON; record it again") from error
-        why = f"line {error.lineno}: {error.msg}"
-        raise TraceError(f"{path} {stream.CORRUPT} ({why})") from error
-    except ValueError as error:
-        if "no list" in str(error):
-            raise TraceError(
-                f"{path} is JSON but no trace: it has no traceEvents; name a trace.json(.gz)"
-            ) from error
-        raise TraceError(f"{path} {stream.CORRUPT}") from error
+    described = (raw_json(about.get(key)) for key in ("deviceProperties", "distributedInfo"))
+    return Document(entries, *described)
 
 
 def _events(path: Path, columns: Columns, about: Document) -> Events:
@@ -176,11 +189,14 @@ def _events(path: Path, columns: Columns, about: Document) -> Events:
     # A number may be a thread on the CPU and a stream on a device.
     numbers, thread = np.unique(table["place"] * 2 + on_device, return_inverse=True)
     places = [*columns.places]
-    names, name, kind = _names(columns.names, table["name"], table["kind"])
+    names = tuple(columns.names)
+    name, kind = table["name"], _kinds(names, table["name"], table["kind"])
     order = nesting_order(thread, table["start"], table["end"], kind)
     table = Table({key: column[order] for key, column in table.columns.items()})
     kind, name, thread, on_device = kind[order], name[order], thread[order], on_device[order]
     zero = int(table["start"].min())
+    if int(table["end"].max()) - zero >= MAX_SPAN_NS:
+        raise TraceError(f"{path} has events more than 146 years apart; record it again")
     start = table["start"] - zero
     ids = links.Ids(
         *(table[key] for key in ("correlation", "external", "sequence", "forward_thread"))
@@ -201,22 +217,24 @@ def _events(path: Path, columns: Columns, about: Document) -> Events:
         bytes=table["bytes"],
         threads=threads,
         signatures=columns.operands(),
-        device=_device(about.devices, used) if on_device.any() else "cpu",
-        rank=_rank(about.distributed),
+        device=_device(_value(about.devices), used) if on_device.any() else "cpu",
+        rank=_rank(_value(about.distributed)),
         memory=_memory(columns.table("memory"), numbers, zero),
         timeless=columns.timeless,
     )
 
 
-def _names(numbers: dict[str, int], name: Ints, kind: Ints) -> tuple[tuple[str, ...], Ints, Ints]:
-    """Names cut to a length that can be matched and shown; ranges of ours by their names."""
-    whole = [*numbers]
-    shorter = Numbers()
-    renumbered = np.array([shorter[text[:MAX_NAME]] for text in whole], np.int64)
-    name = renumbered[name]
-    ours = np.array([OUR_RANGE.match(text) is not None for text in shorter], np.bool_)
-    is_range = ours[name] & (kind == Kind.OPERATOR)
-    return tuple(shorter), name, np.where(is_range, int(Kind.RANGE), kind)
+def _kinds(names: tuple[str, ...], name: Ints, kind: Ints) -> Ints:
+    """The kinds, where the name says more than the category."""
+
+    def named(pattern: re.Pattern[str]) -> Bools:
+        matches: Bools = np.array([pattern.match(text) is not None for text in names], np.bool_)
+        return matches[name]
+
+    kind = np.where(named(A_RANGE) & (kind == Kind.OPERATOR), int(Kind.RANGE), kind)
+    if not (kind >= Kind.KERNEL).any():
+        kind = np.where(named(GENERATED), int(Kind.OPERATOR), kind)
+    return kind
 
 
 def _thread(place: Place, on_device: bool) -> Thread:
@@ -261,10 +279,19 @@ def _memory(table: Table | None, numbers: Ints, zero: int) -> MemoryLog | None:
     return MemoryLog(thread=thread, **columns | {"time": columns["time"] - zero})
 
 
+def _value(raw: msgspec.Raw) -> Any:
+    """The JSON; None where there is none, and for more than can be meant."""
+    text = bytes(raw)
+    try:
+        return orjson.loads(text) if len(text) <= MAX_ABOUT else None
+    except orjson.JSONDecodeError:  # empty, or nested without end
+        return None
+
+
 def _device(listed: Any, used: set[int]) -> str:
     """The names of the devices that ran something."""
     names = {
-        str(device["name"])
+        str(device["name"])[:MAX_NAME]
         for device in (listed if isinstance(listed, list) else [])
         if isinstance(device, dict) and "name" in device and _decimal(device.get("id")) in used
     }

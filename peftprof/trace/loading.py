@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftprof.breakdowns import Breakdown, Ceilings, Comparison, Timeline
-from peftprof.errors import PeftprofError, TraceError
+from peftprof.errors import PeftprofError, TraceError, one_line
 from peftprof.records import RunRecord
 from peftprof.trace import kineto, memory, nsys, nsys_export, rules, stream
 from peftprof.trace.attribute import Attribution, attribute
 from peftprof.trace.breakdown import make_breakdown
-from peftprof.trace.compare import against_the_first, compare, interpreted
+from peftprof.trace.ceilings import can_be
+from peftprof.trace.compare import against_the_first, compare, interpreted, setting
 from peftprof.trace.events import Events
 from peftprof.trace.rules import Rules
-from peftprof.trace.sources import Found, Source, find
+from peftprof.trace.sources import Found, Source, find, named_in
 from peftprof.trace.timeline import timeline
 from peftprof.trace.work import work
 
@@ -68,7 +69,8 @@ def load(
     Each run's attribution is given to `keep`, and is not held on to.
 
     Raises FolderError for a folder without a run to read, TraceError for a trace that
-    cannot be read; a run found in a folder that cannot be read is left out and named.
+    cannot be read; a run of a folder or a process of a file that cannot be read is left out
+    and named.
     """
     ruleset = ruleset or rules.load()
     read: list[_Read] = []
@@ -105,7 +107,7 @@ def _readable(
     reasons: list[PeftprofError] = []
     for source in found.sources:
         try:
-            runs = list(_source(source, ruleset, ceilings, timelines, keep))
+            runs = list(_source(source, ruleset, ceilings, timelines, keep, unreadable))
         except PeftprofError as error:
             if found.named:
                 raise
@@ -123,21 +125,30 @@ def _source(
     ceilings: Ceilings | None,
     timelines: bool,
     keep: Keep | None,
+    unreadable: list[str],
 ) -> Iterator[_Read]:
+    """The runs of one file; processes in which nothing ran are told, unless it is all."""
+    reasons: list[str] = []
     try:
         kind, processes = read(source.trace)
         for events in processes:
-            found = attribute(events, ruleset)
             name = f"{source.name} {events.process}".strip()
-            breakdown = make_breakdown(found, name, kind)
+            try:
+                found = attribute(events, ruleset)
+                breakdown = make_breakdown(found, name, kind)
+            except TraceError as error:
+                reasons.append(f"{name}: {error}")
+                if len(reasons) == len(processes):
+                    raise
+                continue
             breakdown = _complete(source, breakdown, found, ruleset, ceilings)
             if keep is not None:
                 keep(name, found)
             yield _Read(breakdown, source.record, timeline(found) if timelines else None)
     except TraceError as error:
-        message, path = str(error), str(source.trace)
-        # A file name may hold a line break; a message may not.
-        raise TraceError(_line(message if path in message else f"{path}: {message}")) from error
+        message, path = str(error), one_line(str(source.trace))
+        raise TraceError(message if path in message else f"{path}: {message}") from error
+    unreadable += reasons
 
 
 def read(path: Path) -> tuple[str, list[Events]]:
@@ -162,11 +173,14 @@ def _complete(
 ) -> Breakdown:
     """With what the run's record and its memory step add."""
     record = source.record
-    measured = record.ceilings if record is not None and record.ceilings else ceilings
     peak, notes = None, (*_setting(record), *breakdown.notes)
+    measured = record.ceilings if record is not None else None
+    if measured is not None and not can_be(measured):
+        measured, notes = None, (*notes, "The ceilings in run.json cannot be, and are left out.")
+    measured = measured or ceilings
     try:
         if record is not None and record.memory_step is not None and source.folder is not None:
-            trace = source.folder / Path(record.memory_step.trace).name
+            trace = named_in(source.folder, record.memory_step.trace)
             peak = memory.peak(kineto.read(trace), record, ruleset)
         else:
             peak = memory.peak(found.events, None, ruleset)
@@ -185,12 +199,8 @@ def _setting(record: RunRecord | None) -> Iterator[str]:
     """What the run was, as far as a reader of its times must know it."""
     if record is None:
         return
-    config = record.config
     told = {"method": "", "kernels": "kernels ", "precision": "", "batch_size": "batch size "}
-    yield ", ".join(f"{word}{config[key]}" for key, word in told.items() if config.get(key)) + "."
+    known = ((word, setting(record, key)) for key, word in told.items() if record.config.get(key))
+    yield ", ".join(f"{word}{value}" for word, value in known) + "."
     if interpreted(record):
         yield "Its Triton kernels were interpreted: times have no meaning."
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -13,7 +13,7 @@ from peftprof.errors import TraceError
 from peftprof.records import RunRecord
 from peftprof.trace import rules, steps
 from peftprof.trace.attribute import describe
-from peftprof.trace.events import NONE, Bools, Events, Ints, MemoryLog
+from peftprof.trace.events import NONE, Bools, Events, Ints, MemoryLog, one_key
 from peftprof.trace.nesting import Segments
 from peftprof.trace.rules import Rules
 from peftprof.trace.steps import Steps
@@ -120,7 +120,7 @@ def peak(
             f"The dequantise workspace was largest at another moment: {workspace:,} bytes."
         )
     phase, layer = _where(events, moments, found, at)
-    memory = record.memory if record else None
+    allocated, reserved, process = _timed(record, kind)
     return MemoryPeak(
         source="profile_memory",
         device=_name(kind, int(log.index[0])),
@@ -131,9 +131,9 @@ def peak(
         ),
         phase=phase,
         layer=layer,
-        allocated_bytes=memory.allocated_bytes if memory else None,
-        reserved_bytes=memory.reserved_bytes if memory else None,
-        process_bytes=(memory.rss_bytes if kind <= CPU else memory.nvml_bytes) if memory else None,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        process_bytes=process,
         notes=tuple(notes),
     )
 
@@ -176,6 +176,18 @@ def _check(log: MemoryLog, inventory: list[tuple[int, int, int]]) -> None:
         raise TraceError("the memory inventory in run.json has sizes that cannot be; run it again")
     if np.abs(log.bytes.astype(np.float64)).sum() > MAX_BYTES:
         raise TraceError("the trace allocates more memory than there can be; record it again")
+
+
+def _timed(record: RunRecord | None, kind: int) -> tuple[int | None, ...]:
+    """Allocated, reserved and process bytes of the run's timed pass, as far as they are known."""
+    memory = record.memory if record else None
+    if memory is None:
+        return None, None, None
+    process = memory.rss_bytes if kind <= CPU else memory.nvml_bytes
+    sizes = memory.allocated_bytes, memory.reserved_bytes, process
+    if not all(size is None or 0 <= size <= MAX_BYTES for size in sizes):
+        raise TraceError("the memory figures in run.json cannot be; run it again")
+    return sizes
 
 
 def _totals(log: MemoryLog) -> Ints | None:
@@ -277,17 +289,15 @@ def _moments(events: Events, log: MemoryLog, found: Steps, ruleset: Rules) -> _M
 
 def _innermost(segments: Segments, thread_of: Ints, thread: Ints, time: Ints) -> Ints:
     """The event innermost on `thread` at `time`, row by row, or NONE."""
-    found = np.full(len(time), NONE, np.int64)
+    if not len(segments):
+        return np.full(len(time), NONE, np.int64)
     of_segment = thread_of[segments.row]
-    for number in np.unique(thread[thread != NONE]):
-        own = segments[of_segment == number]
-        if not len(own):
-            continue
-        rows = np.flatnonzero(thread == number)
-        at = np.searchsorted(own.start, time[rows], side="right") - 1
-        hit = (at >= 0) & (time[rows] < own.end[at])
-        found[rows] = np.where(hit, own.row[at], NONE)
-    return found
+    key = one_key(np.append(of_segment, thread), np.append(segments.start, time))
+    begins, wanted = key[: len(segments)], key[len(segments) :]
+    order = np.argsort(begins, kind="stable")
+    at = order[np.maximum(np.searchsorted(begins[order], wanted, side="right") - 1, 0)]
+    hit = (of_segment[at] == thread) & (segments.start[at] <= time) & (time < segments.end[at])
+    return np.where(hit, segments.row[at], NONE)
 
 
 def _inside(log: MemoryLog, found: Steps) -> Bools:

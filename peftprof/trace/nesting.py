@@ -145,7 +145,7 @@ def _stretches(events: Events, cpu: Ints, parent: Ints) -> Segments:
 def _walk(events: Events, cpu: Ints, parent: Ints, depth: Ints) -> Segments:
     """The same event by event, for threads whose events cross each other."""
     segments: list[tuple[int, int, int]] = []
-    stack: list[tuple[int, int]] = []  # (end, row) of the open events, outermost first
+    stack: list[tuple[int, int]] = []  # (end, row) of the open events, each ending before the last
     now = 0
     before = NONE
     columns = (cpu, events.thread[cpu], events.start[cpu], events.end[cpu])
@@ -155,7 +155,15 @@ def _walk(events: Events, cpu: Ints, parent: Ints, depth: Ints) -> Segments:
             before, now = thread, start
         _advance(stack, now, start, segments)
         now = start
-        around = next((outer for ends, outer in reversed(stack) if ends + ROUNDING_NS >= end), NONE)
+        around = NONE
+        while stack and stack[-1][0] <= end:
+            # What does not outlast the new event is never innermost again, nor round another
+            # event than this one.
+            ends, inner = stack.pop()
+            if around == NONE and ends + ROUNDING_NS >= end:
+                around = inner
+        if around == NONE and stack:
+            around = stack[-1][1]
         parent[row] = around
         depth[row] = 0 if around == NONE else depth[around] + 1
         stack.append((end, row))

@@ -10,7 +10,6 @@ times are no whole numbers of nanoseconds from 0 on.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from peftprof.trace import links, nsys_about, nsys_names, nsys_tables
 from peftprof.trace.events import NONE, Bools, Events, Ints, Kind, Operands, Thread, nesting_order
 from peftprof.trace.nsys_about import About, process_of
 from peftprof.trace.nsys_tables import Export, distinct
+from peftprof.trace.numbering import MAX_THREADS, Names, Numbers
 
 ACTIVITY = "CUPTI_ACTIVITY_KIND_"
 KERNELS, COPIES, FILLS, GRAPHS = (
@@ -30,7 +30,8 @@ RANGES = "NVTX_EVENTS"
 RANGE_TYPES = (59, 60, 70, 71)
 
 MAX_NS = 1 << 62
-MAX_PROCESSES = 4096
+MAX_BYTES = 1 << 62
+MAX_PROCESSES = 1024
 TIMES = ("start", "end")
 PLACE = ("streamId", "correlationId")
 WHERE = ("deviceId", "contextId", "globalPid")
@@ -54,21 +55,13 @@ SAID = ("kind", "name", "sequence", "backward", "operands")
 Columns = dict[str, Ints]
 
 
-class _Numbers(dict[Any, int]):
-    """Numbers for values in the order in which they are first asked for."""
-
-    def __missing__(self, value: Any) -> int:
-        number = self[value] = len(self)
-        return number
-
-
 @dataclass(frozen=True)
 class _Trace:
     """An export, and the names and operands that its columns number."""
 
     export: Export
-    names: _Numbers = field(default_factory=_Numbers)
-    signatures: _Numbers = field(default_factory=_Numbers)
+    names: Names = field(default_factory=Names)
+    signatures: Numbers = field(default_factory=Numbers)
 
 
 def read(path: Path) -> list[Events]:
@@ -143,12 +136,12 @@ def _device_work(trace: _Trace) -> Iterator[Columns]:
         found = export.read(COPIES, [*TIMES, *PLACE], [*WHERE, "copyKind", "bytes"])
         words = nsys_about.copy_kinds(export)
         name = _by_value(trace, found["copyKind"], lambda k: nsys_names.copy(k, words.get(k)))
-        found = {**_placed(found), "name": name, "bytes": found["bytes"]}
+        found = {**_placed(found), "name": name, "bytes": _sizes(found["bytes"])}
         yield _part(COPIES, trace, Kind.MEMCPY, found)
     if FILLS in export.tables:
         found = export.read(FILLS, [*TIMES, *PLACE], [*WHERE, "bytes"])
         name = np.broadcast_to(np.int64(trace.names["Memset"]), len(found["start"]))
-        found = {**_placed(found), "name": name, "bytes": found["bytes"]}
+        found = {**_placed(found), "name": name, "bytes": _sizes(found["bytes"])}
         yield _part(FILLS, trace, Kind.MEMSET, found)
     if GRAPHS in export.tables:
         found = export.read(GRAPHS, [*TIMES, *PLACE], [*WHERE, "graphId"])
@@ -156,6 +149,11 @@ def _device_work(trace: _Trace) -> Iterator[Columns]:
         name = _by_value(trace, graph, lambda g: f"CUDA graph {g}" if g != NONE else "CUDA graph")
         found = {**_placed(found), "name": name}
         yield _part(GRAPHS, trace, Kind.KERNEL, found)
+
+
+def _sizes(found: Ints) -> Ints:
+    """Bytes; NONE where no copy can have that many."""
+    return np.where((found >= 0) & (found < MAX_BYTES), found, NONE)
 
 
 def _placed(found: Columns) -> Columns:
@@ -328,6 +326,8 @@ def _threads(rows: Columns, about: About) -> tuple[tuple[Thread, ...], Ints]:
         if (column != column[0]).any():
             values, which = distinct(column)
             number = distinct(number * len(values) + which)[1]
+    if int(number.max()) >= MAX_THREADS:
+        raise TraceError(f"there are more than {MAX_THREADS:,} threads and streams; profile fewer")
     first = np.full(int(number.max()) + 1, 0)
     first[number] = np.arange(len(number))  # any row of each
     places = zip(rows["device"][first].tolist(), rows["place"][first].tolist(), strict=True)

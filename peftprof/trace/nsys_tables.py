@@ -17,11 +17,11 @@ import numpy as np
 
 from peftprof.errors import TraceError
 from peftprof.trace.events import NONE, Ints
+from peftprof.trace.numbering import MAX_NAME
 
 MAGIC = b"SQLite format 3\0"
 MAX_SECONDS = 600  # for one file; a million events take about two
 MAX_ROWS = 50_000_000  # of one file; an hour of training has fewer
-MAX_NAME = 4096  # characters that are kept of a text
 MAX_VALUE = 64 << 20  # bytes of one row; nsys keeps no more than names in one
 MAX_SQL = 1 << 20  # characters of one statement, those of the file's schema included
 CHUNK = 1 << 13  # rows; more of them leave the processor's cache
@@ -192,7 +192,7 @@ def _complaint(path: Path, error: Exception, deadline: float) -> str:
         return f"{path} takes more than {MAX_SECONDS} s to read; profile fewer steps"
     if isinstance(error, sqlite3.DataError):
         return f"{path} holds a value of more than {MAX_VALUE >> 20} MiB; that is no trace"
-    return " ".join(f"{path} is damaged or cut off ({error}); {AGAIN}".split())
+    return f"{path} is damaged or cut off ({str(error)[:120]}); {AGAIN}"
 
 
 def distinct(values: Ints) -> tuple[Ints, Ints]:

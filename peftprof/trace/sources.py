@@ -60,7 +60,7 @@ def _folder(path: Path, all_runs: bool) -> Found:
     reasons: list[PeftprofError] = []
     for folder in (child for child in children if (child / "run.json").is_file()):
         try:
-            source = _run(folder)
+            source = _run(inside(folder))
         except PeftprofError as error:
             reasons.append(error)
             if not isinstance(error, NotFinishedError):
@@ -71,7 +71,11 @@ def _folder(path: Path, all_runs: bool) -> Found:
     taken = {source.trace for _, source in dated}
     for file in children:
         if file.is_file() and file not in taken and _is_trace(file, children):
-            dated.append(((file.stat().st_mtime, file.name), Source(stem(file), file)))
+            try:
+                dated.append(((file.stat().st_mtime, file.name), Source(stem(file), inside(file))))
+            except TraceError as error:
+                reasons.append(error)
+                found.unreadable.append(str(error))
     if not dated:
         raise (
             reasons[-1]
@@ -98,7 +102,15 @@ class NotFinishedError(FolderError):
     """A run that is not complete, or was not profiled: nothing is wrong with it."""
 
 
+def inside(path: Path) -> Path:
+    """`path`, found in a folder. Raises TraceError for a link that leads out of that folder."""
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise TraceError(f"{path} is a link to somewhere else; name what it leads to")
+    return path
+
+
 def _run(folder: Path) -> Source:
+    inside(folder / "run.json")
     record = read_record(folder)
     if record.state != "complete":
         raise NotFinishedError(
@@ -111,22 +123,34 @@ def _run(folder: Path) -> Source:
         raise NotFinishedError(
             f"the run in {folder} was not profiled; run it again with --profiler torch"
         )
-    # A run.json from elsewhere must not name a file outside its folder.
+    return Source(record.name, named_in(folder, named), folder, record)
+
+
+def named_in(folder: Path, named: str) -> Path:
+    """The trace that the run.json in `folder` names.
+
+    One from elsewhere may name any file: only the last part of the name counts, and it is
+    looked for in the folder. Raises TraceError where it is not there.
+    """
     trace = folder / Path(named).name
-    if not trace.is_file():
-        raise TraceError(f"the run in {folder} has lost its trace {trace.name}; run it again")
-    return Source(record.name, trace, folder, record)
+    try:
+        there = trace.is_file()
+    except OSError:  # no name that a file can have
+        there = False
+    if not there:
+        raise TraceError(f"the run in {folder} has lost its trace {trace.name[:80]}; run it again")
+    return inside(trace)
 
 
 def _nsys_file(folder: Path) -> Path:
     """What nsys recorded of a run: in its folder, or beside it by the same name."""
-    inside = sorted(child for child in folder.iterdir() if child.is_file())
+    within = sorted(child for child in folder.iterdir() if child.is_file())
     endings = (*DATABASES, *nsys_export.REPORTS)
     beside = [folder.with_name(folder.name + ending) for ending in endings]
     for ending in endings:
-        for file in [*inside, *beside]:
+        for file in [*within, *beside]:
             if file.name.endswith(ending) and file.is_file():
-                return file
+                return inside(file)
     raise NotFinishedError(
         f"the run in {folder} was profiled by Nsight Systems and its report is not there; "
         f"name the .nsys-rep or .sqlite file, or run it again with --profiler torch"
@@ -136,7 +160,7 @@ def _nsys_file(folder: Path) -> Path:
 def _created(record: RunRecord) -> tuple[float, str]:
     try:
         return datetime.fromisoformat(record.created).timestamp(), record.name
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return 0.0, record.name
 
 

@@ -22,19 +22,15 @@ MAX_BYTES = 32 << 30
 MAX_RATIO = 300
 RATIO_FROM_BYTES = 64 << 20
 BLOCK = 4 << 20
-# Of one entry, of all that stands before the entries, and of a trace that only a parser
-# of whole documents can read.
-MAX_ENTRY = 64 << 20
-MAX_WHOLE = 1 << 30
+BEGINNING = 1 << 16  # a trace has said by then what it is
+# Of one entry, and of all that stands before or behind the entries.
+MAX_ENTRY = 32 << 20
 
 LIST = re.compile(rb'"traceEvents"\s*:\s*\[')
 BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
-WRONG_CUTS = 8  # so many places are tried before the trace is read as a whole
+WRONG_CUTS = 8  # so many places are tried before more of the trace is waited for
+BRACES = 10_000  # so many that close are looked at for such a place
 CORRUPT = "is damaged; record it again"
-
-
-class UnreadableError(Exception):
-    """The trace cannot be read in pieces; a parser of whole documents may know more."""
 
 
 def blocks(path: Path) -> Iterator[bytes]:
@@ -45,12 +41,19 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 def beginning(path: Path) -> bytes:
     """The first bytes of the file, decompressed. Raises TraceError."""
+    start = b""
     with _opened(path, 1 << 12) as source:
-        return next(source, b"")
+        for block in source:
+            start += block
+            if start.strip() or len(start) > BEGINNING:
+                break
+    return start
 
 
 @contextmanager
 def _opened(path: Path, size: int) -> Iterator[Iterator[bytes]]:
+    if path.exists() and not path.is_file():  # a pipe or a device may never end, or never begin
+        raise TraceError(f"cannot read {path}: it is no regular file; name a trace.json(.gz)")
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -105,68 +108,66 @@ def _check_size(path: Path, total: int, compressed: int) -> None:
         raise TraceError(f"{path} expands more than {MAX_RATIO}-fold; that is no trace")
 
 
-def whole(path: Path) -> bytes:
-    """All of the file, decompressed. Raises TraceError where it is more than MAX_WHOLE."""
-    parts, total = [], 0
-    for block in blocks(path):
-        total += len(block)
-        if total > MAX_WHOLE:
-            raise TraceError(f"{path} is damaged, or ends in the middle; record it again")
-        parts.append(block)
-    return b"".join(parts)
-
-
 def pieces(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
     """What `read` makes of each piece, a JSON list of entries; last of what remains.
 
     The last piece is a document like the whole file, with the last entries alone in its
-    list. `read` raises ValueError for what is no JSON. Raises UnreadableError, or TraceError
-    for a file that cannot be opened or decompressed.
+    list. `read` raises ValueError for what is no JSON; that of the last piece is passed on.
+    Raises TraceError for a file that cannot be opened or decompressed, or is past the limits.
     """
     source = blocks(path)
-    head, rest = _head(source)
-    size = len(rest)
+    head, rest = _head(path, source)
+    uncut = (
+        0  # bytes in which no place was found: not searched again before there are twice as many
+    )
     for block in source:
         rest += block
-        size += len(block)
-        if len(rest) > MAX_ENTRY:
-            raise UnreadableError
+        if len(rest) < min(2 * uncut, MAX_ENTRY):
+            continue
         cut = _cut(rest, read)
-        if cut is not None:
+        if cut is None:
+            uncut = len(rest)
+            _check_entry(path, rest)
+        else:
             found, end = cut
             yield found
-            rest = rest[end:]
-    try:
-        yield read(head + rest)
-    except ValueError as error:
-        raise UnreadableError from error
+            rest, uncut = rest[end:], 0
+    yield read(head + rest)
 
 
-def _head(source: Iterator[bytes]) -> tuple[bytes, bytes]:
-    """The document up to its list of entries, bracket included; and what has been read of it."""
+def _head(path: Path, source: Iterator[bytes]) -> tuple[bytes, bytes]:
+    """The document up to its list of entries, bracket included; and what has been read of it.
+
+    Where it has no such list, all of it.
+    """
     start = b""
     for block in source:
         start += block
         found = re.match(rb"[\xef\xbb\xbf\s]*\[", start) or LIST.search(start)
         if found:
             return start[: found.end()], start[found.end() :]
-        if len(start) > MAX_ENTRY:
-            break
-    raise UnreadableError
+        _check_entry(path, start)
+    return start, b""
+
+
+def _check_entry(path: Path, text: bytes) -> None:
+    if len(text) > MAX_ENTRY:
+        limit = f"{MAX_ENTRY >> 20} MiB"
+        raise TraceError(f"{path} holds {limit} without one whole event; that is no trace")
 
 
 def _cut(rest: bytes, read: Callable[[bytes], T]) -> tuple[T, int] | None:
     """What is in `rest` up to its last whole entry, and where the next entry begins."""
-    end = len(rest)
-    for _ in range(WRONG_CUTS):
-        between = None
-        while between is None:
-            end = rest.rfind(b"}", 0, end)
-            if end < 0:
-                return None
-            between = BETWEEN.match(rest, end)
+    end, wrong = len(rest), 0
+    for _ in range(BRACES):
+        end = rest.rfind(b"}", 0, end)
+        if end < 0 or wrong == WRONG_CUTS:
+            return None
+        between = BETWEEN.match(rest, end)
+        if between is None:
+            continue
         try:
             return read(b"[" + rest[: end + 1] + b"]"), between.end()
         except ValueError:
-            continue
+            wrong += 1
     return None

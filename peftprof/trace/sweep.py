@@ -116,6 +116,7 @@ def joined(parts: Sequence[Segments]) -> Segments:
 
 
 def table(row: Ints, column: Ints, values: Ints, rows: int, columns: int) -> Ints:
-    """Sums of `values` as [row, column]; exact up to 2^53."""
-    flat = np.bincount(row * columns + column, weights=values, minlength=rows * columns)
-    return flat.astype(np.int64).reshape(rows, columns)
+    """Sums of `values` as [row, column]."""
+    sums = np.zeros((rows, columns), np.int64)
+    np.add.at(sums, (row, column), values)
+    return sums

@@ -4,7 +4,7 @@ import numpy as np
 
 from peftprof.breakdowns import CATEGORIES, PHASES, Lane, Span, Timeline
 from peftprof.trace.attribute import Attribution
-from peftprof.trace.events import NONE, Events, Ints, Kind
+from peftprof.trace.events import NONE, Events, Ints, Kind, rows_of
 from peftprof.trace.nesting import Segments
 from peftprof.trace.sweep import Cover, Windows, cut, joined
 
@@ -20,16 +20,17 @@ def timeline(found: Attribution, limit: int = 20_000) -> Timeline:
     start, end = found.windows.start[step], found.windows.end[step]
     window = Windows(np.array([start]), np.array([end]))
     _, parts = cut(_all_work(found), window)
-    thread = found.events.thread[parts.row]
-    lanes = {int(t): Cover.of(parts[thread == t]).segments for t in np.unique(thread)}
+    threads = rows_of(found.events.thread[parts.row])
+    lanes = {thread: Cover.of(parts[rows]).segments for thread, rows in threads}
 
     total = sum(len(lane) for lane in lanes.values())
     drawn = _longest(lanes, total, limit)
+    names = lane_names(found.events)
     return Timeline(
         step=step,
         length_ns=int(end - start),
         lanes=tuple(
-            Lane(lane_name(found.events, t), _spans(found, drawn[t], int(start)))
+            Lane(names[t], _spans(found, drawn[t], int(start)))
             for t in sorted(drawn, key=lambda t: (found.events.threads[t].device != NONE, t))
         ),
         left_out=total - sum(len(lane) for lane in drawn.values()),
@@ -48,13 +49,13 @@ def _longest(lanes: dict[int, Segments], total: int, limit: int) -> dict[int, Se
     return {thread: lane[part] for (thread, lane), part in chosen if part.any()}
 
 
-def lane_name(events: Events, thread: int) -> str:
-    """The name of a thread or stream; with its device where there are several."""
-    devices = {t.device for t in events.threads if t.device != NONE}
-    where = events.threads[thread]
-    if where.device == NONE or len(devices) < 2:
-        return where.name
-    return f"GPU {where.device} {where.name}"
+def lane_names(events: Events) -> tuple[str, ...]:
+    """The names of all threads and streams; with the device where there are several."""
+    several = len({thread.device for thread in events.threads} - {NONE}) > 1
+    return tuple(
+        f"GPU {thread.device} {thread.name}" if several and thread.device != NONE else thread.name
+        for thread in events.threads
+    )
 
 
 def _all_work(found: Attribution) -> Segments:

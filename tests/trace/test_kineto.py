@@ -182,7 +182,8 @@ def test_an_event_without_a_time_is_left_out_and_counted(tmp_path: Path) -> None
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.json.gz"
-    path.write_bytes(gzip.compress(b"[" + b" " * (stream.RATIO_FROM_BYTES + stream.BLOCK)))
+    text = b"[" + b'{"name": "x"},' * ((stream.RATIO_FROM_BYTES + stream.BLOCK) // 14)
+    path.write_bytes(gzip.compress(text))
     with pytest.raises(TraceError, match="300-fold"):
         kineto.read(path)
     monkeypatch.setattr(stream, "MAX_BYTES", 1 << 20)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from peftprof.breakdowns import PHASES, Breakdown, Timeline
 from peftprof.report.page import numbers, parts
@@ -66,6 +67,11 @@ def _encode(timeline: Timeline) -> str:
     end of the span before, the length (both ns), category, phase and name by number.
     """
     names: dict[str, int] = {}
+
+    @cache
+    def numbered(name: str) -> int:
+        return names.setdefault(clean(name)[:NAME], len(names))
+
     lanes = []
     for lane in timeline.lanes:
         flat: list[int] = []
@@ -73,9 +79,8 @@ def _encode(timeline: Timeline) -> str:
         for span in lane.spans:
             category = ORDER.index(span.category if span.category in ORDER else "unattributed")
             phase = PHASES.index(span.phase if span.phase in PHASES else "other")
-            named = names.setdefault(clean(span.name)[:NAME], len(names))
             gap, length = span.start_ns - at, span.end_ns - span.start_ns
-            flat += (gap, length, category, phase, named)
+            flat += (gap, length, category, phase, numbered(span.name))
             at = span.end_ns
         lanes.append({"name": clean(lane.name)[:NAME], "spans": flat})
     document = {
