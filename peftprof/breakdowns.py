@@ -101,7 +101,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Communication:
-    """Collectives: union of their time, and of that what other work hid and what it did not."""
+    """Collectives: what other work hid and what it did not, by the factor of the rows.
+
+    `exposed_ns` is the sum of their rows, `hidden_ns` the median over steps, total both.
+    """
 
     total_ns: float
     hidden_ns: float

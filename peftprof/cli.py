@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from peftprof.config import KERNELS, METHODS, PRECISIONS, PROFILERS
-from peftprof.errors import ConfigError, LimitError, PeftprofError
+from peftprof.errors import ConfigError, LimitError, PeftprofError, TraceError
 
 app = typer.Typer(
     name="peftprof",
@@ -178,9 +178,9 @@ def breakdown(
         raise ConfigError("--json, --csv and --markdown are printed one at a time; give one")
     if svg is not None and (json or csv or markdown):
         raise ConfigError("--svg draws the table that --json, --csv and --markdown replace")
-    for option, path in (("--html", html), ("--perfetto", perfetto), ("--svg", svg)):
-        if path is not None:
-            picture.check_writable(path, option)
+    outputs = {"--html": html, "--perfetto": perfetto, "--svg": svg}
+    given = {option: path for option, path in outputs.items() if path is not None}
+    picture.check_apart(given, paths or ())
     set_limits = [limits.parse(text) for text in fail_if or ()]
     attributions: list[Any] = []
     loaded = load(
@@ -192,6 +192,10 @@ def breakdown(
         timelines=html is not None,
         keep=(lambda *found: attributions.append(found)) if perfetto is not None else None,
     )
+    for reason in loaded.unreadable:
+        print(f"peftprof: left out: {reason}", file=sys.stderr)
+    if set_limits and loaded.unreadable:
+        raise TraceError("--fail-if cannot be answered where runs cannot be read; see above")
     if perfetto is not None:
         from peftprof.report.perfetto import write
 
@@ -255,6 +259,8 @@ def main() -> NoReturn:
     1 where a limit of --fail-if is broken, with a line that says which.
     """
     _settle()
+    if sys.stdout is None:
+        _fail("standard output is closed; send it to a file or a terminal", 2)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -265,7 +271,8 @@ def main() -> NoReturn:
     except PeftprofError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; `train --resume FOLDER` goes on with a run", INTERRUPTED)
+        train_too = "; `train --resume FOLDER` goes on with a run" if "train" in sys.argv else ""
+        _fail(f"interrupted{train_too}", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,7 @@ import torch
 
 from peftprof.run.folder import RunFolder
 from tests.nvtx import build_recorder, check_nesting, read_record, recording
+from tests.trace.build import Trace
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,3 +292,19 @@ def test_a_recorder_hears_balanced_ranges_of_our_domain(arguments, tmp_path):
     assert any(len(path) == 4 for path in ranges)  # step > phase > layer > op
     categories = {event.category for event in read_record(record) if event.kind == "push"}
     assert categories == {"step", "phase", "layer", "op"}
+
+
+def test_a_run_that_cannot_be_read_is_named_on_stderr(tmp_path):
+    steps = Trace()
+    steps.range("step:0", 0, 1000)
+    steps.op("aten::mm", 0, 500)
+    steps.write(tmp_path, "good.json")
+    (tmp_path / "torn.json.gz").write_bytes(b"\x1f\x8b torn")
+    done = peftprof("breakdown", str(tmp_path))
+    assert done.returncode == 0
+    assert done.stderr.startswith("peftprof: left out: ")
+    assert "torn.json.gz" in done.stderr
+    assert done.stderr.count("\n") == 1
+    limited = peftprof("breakdown", str(tmp_path), "--fail-if", "dequant>1%")
+    assert limited.returncode == 2
+    assert "--fail-if cannot be answered" in limited.stderr

@@ -64,12 +64,19 @@ def speedup(loaded: Loaded, comparison: Comparison) -> str:
     text = f"{other} is {comparison.speedup:.2f}x as fast as {base} by the profiled steps"
     if comparison.timed_speedup is not None:
         text += f", {comparison.timed_speedup:.2f}x by the timed pass"
+    text += _noise(loaded, comparison)
     if loaded.comparable:
         return f"{text}."
     if loaded.comparable is None:
-        return f"{text}. Unfair: {unknown(loaded)}"
+        return f"{text}. Unfair: it is not known whether the runs are comparable."
     reasons = "; ".join(words.clean(text) for text in loaded.differences)
     return f"{text}. Unfair: {reasons}."
+
+
+def _noise(loaded: Loaded, comparison: Comparison) -> str:
+    one, two = (loaded.breakdowns[i].step_ns for i in (comparison.base, comparison.other))
+    overlap = one.min <= two.max and two.min <= one.max
+    return "; the ranges of their profiled steps overlap" if overlap else ""
 
 
 def _verdict(loaded: Loaded) -> Iterator[Text]:

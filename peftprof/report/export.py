@@ -22,6 +22,7 @@ def to_json(loaded: Loaded) -> str:
         "differences": list(loaded.differences),
         "comparisons": [encode(comparison) for comparison in loaded.comparisons],
         "left_out": loaded.left_out,
+        "unreadable": list(loaded.unreadable),
     }
     # A trace may hold broken surrogate pairs, which are no UTF-8.
     return orjson.dumps(_clean(document), option=orjson.OPT_INDENT_2).decode()

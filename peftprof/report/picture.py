@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,9 +13,36 @@ WEB_FONT = re.compile(r"\s*@font-face\s*\{.*?\}", re.DOTALL)
 
 
 def check_writable(path: Path, option: str = "--svg") -> None:
-    """Raise FolderError where no file can be at `path`: better before an hour's run than after."""
-    if not path.name or path.is_dir() or not path.absolute().parent.is_dir():
+    """Raise FolderError where no file can be at `path`: better before an hour's run than after.
+
+    Nor on anything else that is there, a device, a pipe or a link: it would be replaced.
+    """
+    taken = path.is_symlink() or (path.exists() and not path.is_file())
+    if not path.name or taken or not path.absolute().parent.is_dir():
         raise FolderError(f"{option} {path} is no file that can be written; name one in a folder")
+
+
+def check_apart(outputs: Mapping[str, Path], inputs: Sequence[Path]) -> None:
+    """Raise FolderError where an output, by its option, is another, or would write over an input.
+
+    Everything in a run's folder is an input.
+    """
+    seen = {_place(path): "what is read" for path in inputs}
+    for option, path in outputs.items():
+        check_writable(path, option)
+        place = _place(path)
+        inside = (place.parent / "run.json").exists() and place.exists()
+        if place in seen or inside:
+            other = seen.get(place, "a run's own file")
+            raise FolderError(f"{option} {path} would write over {other}; name another file")
+        seen[place] = f"what {option} writes"
+
+
+def _place(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return path.absolute()
 
 
 def save_svg(console: Console, path: Path, title: str) -> None:

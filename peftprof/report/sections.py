@@ -13,7 +13,8 @@ from peftprof.report import pieces, words
 from peftprof.report.pieces import STYLES, WIDE_FROM, Bar
 
 NAMED_FROM = 0.01  # a share of unattributed time that is worth listing its operators for
-GAINS = 3  # categories of which it is said what their absence would gain
+GAINS = 6  # categories of which it is said what their absence would gain
+SCRAPS = 0.05  # share of a category's time with known operands, below which it tells nothing
 UNLIKE = 1.5  # longest over shortest step from which the reader is told
 RULE_WIDTH = 28
 
@@ -82,8 +83,8 @@ def longest_layers(found: Sequence[Layer], top: int) -> list[Layer]:
 
 
 def known_work(breakdown: Breakdown) -> list[Work]:
-    """Categories whose operands the trace tells, at least in part; the longest first."""
-    return sorted((w for w in breakdown.work if w.known > 0), key=lambda w: -w.ns)
+    """Categories of which the trace tells more than scraps; the longest first."""
+    return sorted((w for w in breakdown.work if w.known >= SCRAPS), key=lambda w: -w.ns)
 
 
 def work(found: Sequence[Work], has_ceilings: bool) -> Table:
@@ -189,6 +190,8 @@ def if_free(breakdown: Breakdown) -> str:
 
 
 def _times(gain: Spread) -> str:
+    if gain.median > 100:
+        return "over 100x"
     span = f"{gain.min:.2f}-{gain.max:.2f}"
     return f"{gain.median:.2f}x" + (f" ({span})" if gain.max > gain.min else "")
 

@@ -47,7 +47,7 @@ def called(name: str) -> str:
 
 def digits(step_ns: float) -> int:
     """Decimals of milliseconds: three or four figures of the step."""
-    return 1 if step_ns >= 1e9 else 2 if step_ns >= 1e7 else 3
+    return 0 if step_ns >= 1e10 else 1 if step_ns >= 1e9 else 2 if step_ns >= 1e7 else 3
 
 
 def ms(ns: float, decimals: int) -> str:
@@ -57,7 +57,7 @@ def ms(ns: float, decimals: int) -> str:
 
 def change(ns: float, decimals: int) -> str:
     """Milliseconds with their sign."""
-    return f"{ns / 1e6:+,.{decimals}f}"
+    return f"{round(ns / 1e6, decimals) + 0.0:+,.{decimals}f}"  # + 0.0: no negative zero
 
 
 def span(low: float, high: float, decimals: int) -> str:

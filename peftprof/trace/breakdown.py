@@ -60,7 +60,7 @@ def make_breakdown(found: Attribution, name: str, source: str) -> Breakdown:
         rank=found.events.rank,
         rules=whole,
         layers=tuple(_layers(found, float(windows.mean()))),
-        communication=_communication(found),
+        communication=_communication(found, parts * factor, typical),
         totals=_totals(found),
         if_free=_if_free(found, parts),
         notes=tuple(_notes(found)),
@@ -233,16 +233,18 @@ def _layers(found: Attribution, step_ns: float) -> Iterator[Layer]:
         yield Layer(path, float(forward[name]), float(backward[name]), float(both[name] / step_ns))
 
 
-def _communication(found: Attribution) -> Communication | None:
-    """Of collectives on a device: mean over steps."""
+def _communication(found: Attribution, parts: Floats, typical: Floats) -> Communication | None:
+    """Of collectives on a device. What is exposed is the sum of their rows."""
     talks = found.meaning.category == COMMUNICATION
     if not found.events.on_device.any() or not talks[found.work.row].any():
         return None
-    _, parts = cut(Cover.of(found.work[talks[found.work.row]]).segments, found.windows)
-    steps = len(found.windows)
-    total = float((parts.end - parts.start).sum()) / steps
-    exposed = float(found.pieces.ns[talks[found.pieces.row]].sum()) / steps
-    return Communication(total, total - exposed, exposed)
+    step, ran = cut(Cover.of(found.work[talks[found.work.row]]).segments, found.windows)
+    total = np.bincount(step, weights=ran.end - ran.start, minlength=len(found.windows))
+    own = slice(COMMUNICATION, len(PHASES) * len(CATEGORIES), len(CATEGORIES))
+    factor = parts.sum() / found.windows.length.sum()
+    hidden = float(np.median(factor * total - parts[:, own].sum(axis=1)))
+    exposed = float(typical[own].sum())
+    return Communication(exposed + hidden, hidden, exposed)
 
 
 def _totals(found: Attribution) -> Totals:

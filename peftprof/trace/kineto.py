@@ -95,8 +95,8 @@ def _in_pieces(path: Path, shorten: bool) -> tuple[Columns, Document]:
     try:
         for document in stream.pieces(path, parser.read):
             columns.add(document.entries)
-    except ValueError as error:
-        raise TraceError(f"{path} {_why(error)}") from error
+    except stream.UnreadableError as error:
+        raise TraceError(f"{path} {_why(error.why)}") from error
     assert document is not None  # the last piece is always there
     return columns, document
 

@@ -132,7 +132,10 @@ def parse(ours: dict[str, Any], theirs: dict[str, Any] | None = None) -> Rules:
 
     def numbered(kind: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         for whose, table in (("your ", theirs), ("", ours)):
-            for i, row in enumerate(table.get(kind, []), 1):
+            rows = table.get(kind, [])
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"rules of a kind are tables [[{kind}]]")
+            for i, row in enumerate(rows, 1):
                 labels.append(f"{whose}{kind}: {row.get('name', i)}")
                 categories.append(_category(row) if "category" in row else NONE)
                 yield len(labels) - 1, labels[-1], row

@@ -33,6 +33,14 @@ BRACES = 10_000  # so many that close are looked at for such a place
 CORRUPT = "is damaged; record it again"
 
 
+class UnreadableError(Exception):
+    """What cannot be cut any more is no JSON; `why` is what the parser said."""
+
+    def __init__(self, why: ValueError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
 def blocks(path: Path) -> Iterator[bytes]:
     """The file's bytes in blocks, decompressed where it is gzip. Raises TraceError."""
     with _opened(path, BLOCK) as source:
@@ -112,14 +120,13 @@ def pieces(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
     """What `read` makes of each piece, a JSON list of entries; last of what remains.
 
     The last piece is a document like the whole file, with the last entries alone in its
-    list. `read` raises ValueError for what is no JSON; that of the last piece is passed on.
-    Raises TraceError for a file that cannot be opened or decompressed, or is past the limits.
+    list. `read` raises ValueError for what is no JSON. Raises UnreadableError where it does so
+    for the last piece, and TraceError for a file that cannot be opened or decompressed, or is
+    past the limits.
     """
     source = blocks(path)
     head, rest = _head(path, source)
-    uncut = (
-        0  # bytes in which no place was found: not searched again before there are twice as many
-    )
+    uncut = 0  # bytes without a place to cut: not searched again before they are twice as many
     for block in source:
         rest += block
         if len(rest) < min(2 * uncut, MAX_ENTRY):
@@ -132,7 +139,11 @@ def pieces(path: Path, read: Callable[[bytes], T]) -> Iterator[T]:
             found, end = cut
             yield found
             rest, uncut = rest[end:], 0
-    yield read(head + rest)
+    try:
+        last = read(head + rest)
+    except ValueError as error:
+        raise UnreadableError(error) from error
+    yield last
 
 
 def _head(path: Path, source: Iterator[bytes]) -> tuple[bytes, bytes]:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import re
 from collections.abc import Callable
@@ -239,7 +240,7 @@ def test_small_bars_go_together_and_nothing_is_lost(bars: list[Bar]) -> None:
 
 
 def test_a_speed_up_is_given_or_refused_with_its_reason() -> None:
-    assert "2 is 1.60x as fast as 1 by the profiled steps, 1.50x by the timed pass." in shown(
+    assert "2 is 1.60x as fast as 1 by the profiled steps, 1.50x by the timed pass" in shown(
         compared()
     )
     assert "timed pass" not in shown(compared(timed=None))
@@ -251,9 +252,25 @@ def test_a_speed_up_is_given_or_refused_with_its_reason() -> None:
     assert "No speed-up figure: whether the runs are comparable is not known (--unfair" in text
     # Forced by --unfair, the reasons stand beside it.
     text = squeezed(shown(compared(**unlike)))
-    assert "1.50x by the timed pass. Unfair: real tokens a step: 8.0 vs 9.0." in text
+    assert "overlap. Unfair: real tokens a step: 8.0 vs 9.0." in text
     text = squeezed(shown(compared(comparable=None)))
-    assert "Unfair: Whether these runs are comparable is not known" in text
+    assert "Unfair: it is not known whether the runs are comparable." in text
+
+
+def test_a_speed_up_within_the_range_of_the_steps_says_so() -> None:
+    loaded = compared()
+    one, two = loaded.breakdowns
+
+    def said(shortest: float, longest: float) -> str:
+        span = dataclasses.replace(two.step_ns, min=shortest, max=longest)
+        other = dataclasses.replace(two, step_ns=span)
+        return squeezed(shown(dataclasses.replace(loaded, breakdowns=(one, other))))
+
+    assert "1.50x by the timed pass." in said(1.0, one.step_ns.min - 1)
+    overlap = "1.50x by the timed pass; the ranges of their profiled steps overlap."
+    assert overlap in said(1.0, one.step_ns.min)
+    assert overlap in said(one.step_ns.max, 1e12)
+    assert "overlap" not in said(one.step_ns.max + 1, 1e12)
 
 
 def test_the_second_of_two_runs_has_bars_where_there_is_room() -> None:

@@ -11,7 +11,7 @@ def ms(ns: float, places: int) -> str:
 
 def signed_ms(ns: float, places: int) -> str:
     """Nanoseconds as milliseconds with their sign."""
-    return f"{ns / 1e6:+,.{places}f}".replace("-", MINUS)
+    return f"{round(ns / 1e6, places) + 0.0:+,.{places}f}".replace("-", MINUS)
 
 
 def between(low: float, high: float, places: int) -> str:
