@@ -8,7 +8,6 @@ A category goes by its name in reports: `memcpy` would be taken for torch.profil
 import contextlib
 import gzip
 import heapq
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +18,8 @@ import numpy as np
 import orjson
 
 from peftprof.breakdowns import CATEGORIES, IDLE_CAUSES, PHASES
-from peftprof.errors import FolderError
 from peftprof.report import words
-from peftprof.report.picture import check_writable
+from peftprof.report.picture import whole
 from peftprof.trace.attribute import Attribution
 from peftprof.trace.events import NONE, Ints, rows_of
 from peftprof.trace.nesting import Segments
@@ -39,22 +37,15 @@ def write(attributions: Sequence[tuple[str, Attribution]], path: Path) -> None:
 
     Raises FolderError when the file cannot be written.
     """
-    check_writable(path, "--perfetto")
-    temporary = path.with_name(f".new-{os.getpid()}-{path.name}")
-    try:
-        with _opened(temporary, path.name.endswith(".gz")) as out:
-            out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
-            separator = b""
-            for number, (name, found) in enumerate(attributions, 1):
-                for event in events(number, name, found):
-                    out.write(separator + orjson.dumps(event))
-                    separator = b",\n"
-            out.write(b"\n]}\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise FolderError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    zipped = path.name.endswith(".gz")
+    with whole(path, "--perfetto") as new, _opened(new, zipped) as out:
+        out.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
+        separator = b""
+        for number, (name, found) in enumerate(attributions, 1):
+            for event in events(number, name, found):
+                out.write(separator + orjson.dumps(event))
+                separator = b",\n"
+        out.write(b"\n]}\n")
 
 
 @contextlib.contextmanager

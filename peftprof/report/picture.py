@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -56,10 +57,20 @@ def save_svg(console: Console, path: Path, title: str) -> None:
 
 def save(text: str, path: Path, option: str) -> None:
     """Write `text` to `path`, whole, as UTF-8. Raises FolderError when it cannot be written."""
+    with whole(path, option) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path, option: str) -> Iterator[Path]:
+    """A file to write that becomes `path` when all went well, and is gone when not.
+
+    Raises FolderError when it cannot be written.
+    """
     check_writable(path, option)
     temporary = path.with_name(f".new-{os.getpid()}-{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise FolderError(f"cannot write {path}: {error.strerror}") from error

@@ -14,6 +14,7 @@ from peftprof.report.pieces import STYLES, WIDE_FROM, Bar
 
 NAMED_FROM = 0.01  # a share of unattributed time that is worth listing its operators for
 GAINS = 6  # categories of which it is said what their absence would gain
+WORTH = 1.01  # times as fast from which a gain is told
 SCRAPS = 0.05  # share of a category's time with known operands, below which it tells nothing
 UNLIKE = 1.5  # longest over shortest step from which the reader is told
 RULE_WIDTH = 28
@@ -177,16 +178,17 @@ def notes(breakdown: Breakdown) -> Iterator[str]:
             f"Whole trace: {words.ms(whole.span_ns, decimals)} ms, busy {busy} %: "
             f"compute {compute}, communication {communication}, copies {memory}."
         )
-    if breakdown.if_free:
-        yield if_free(breakdown)
+    gains = if_free(breakdown)
+    if gains:
+        yield gains
     yield from (words.clean(text) for text in breakdown.notes)
 
 
 def if_free(breakdown: Breakdown) -> str:
-    """What a step would gain at most without its longest categories."""
-    gains = list(breakdown.if_free.items())[:GAINS]
+    """What a step would gain at most without its longest categories; empty for nothing."""
+    gains = [(n, gain) for n, gain in breakdown.if_free.items() if gain.median >= WORTH][:GAINS]
     said = "; ".join(f"{words.label(name)} {_times(gain)}" for name, gain in gains)
-    return f"As fast at most if it took no time: {said}."
+    return f"As fast at most if it took no time: {said}." if said else ""
 
 
 def _times(gain: Spread) -> str:

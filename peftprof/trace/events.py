@@ -154,3 +154,17 @@ def one_key(thread: Ints, time: Ints) -> Ints:
         time = np.unique(time, return_inverse=True)[1].reshape(-1).astype(np.int64)
         low, high = 0, len(time)
     return thread * (high - low + 1) + (time - low)
+
+
+def distinct(values: Ints) -> tuple[Ints, Ints]:
+    """The distinct values in order, and each value's number among them."""
+    if not len(values):
+        return values, values
+    low, high = int(values.min()), int(values.max())
+    if high - low > 4 * len(values) + 1000:
+        found, which = np.unique(values, return_inverse=True)
+        return found, which.reshape(-1)
+    # Ids are small and dense: a table of what is there spares the sorting.
+    there = np.zeros(high - low + 1, np.bool_)
+    there[values - low] = True
+    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[values - low]

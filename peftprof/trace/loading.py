@@ -45,6 +45,16 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class _How:
+    """What is asked of every trace; see `load`."""
+
+    ruleset: Rules
+    ceilings: Ceilings | None
+    timelines: bool
+    keep: Keep | None
+
+
+@dataclass(frozen=True)
 class _Read:
     breakdown: Breakdown
     record: RunRecord | None
@@ -72,14 +82,14 @@ def load(
     cannot be read; a run of a folder or a process of a file that cannot be read is left out
     and named.
     """
-    ruleset = ruleset or rules.load()
+    how = _How(ruleset or rules.load(), ceilings, timelines, keep)
     read: list[_Read] = []
     left_out, unreadable = 0, []
     for path in paths:
         found = find(path, all_runs)
         left_out += found.left_out
         unreadable += found.unreadable
-        read += _readable(found, ruleset, ceilings, timelines, keep, unreadable)
+        read += _readable(found, how, unreadable)
     breakdowns = tuple(one.breakdown for one in read)
     records = [one.record for one in read]
     comparable, differences = compare(records, [b.name for b in breakdowns])
@@ -95,19 +105,12 @@ def load(
     )
 
 
-def _readable(
-    found: Found,
-    ruleset: Rules,
-    ceilings: Ceilings | None,
-    timelines: bool,
-    keep: Keep | None,
-    unreadable: list[str],
-) -> Iterator[_Read]:
+def _readable(found: Found, how: _How, unreadable: list[str]) -> Iterator[_Read]:
     """What can be read; of a folder the rest is told, unless it is all."""
     reasons: list[PeftprofError] = []
     for source in found.sources:
         try:
-            runs = list(_source(source, ruleset, ceilings, timelines, keep, unreadable))
+            runs = list(_source(source, how, unreadable))
         except PeftprofError as error:
             if found.named:
                 raise
@@ -119,14 +122,7 @@ def _readable(
     unreadable += map(str, reasons)
 
 
-def _source(
-    source: Source,
-    ruleset: Rules,
-    ceilings: Ceilings | None,
-    timelines: bool,
-    keep: Keep | None,
-    unreadable: list[str],
-) -> Iterator[_Read]:
+def _source(source: Source, how: _How, unreadable: list[str]) -> Iterator[_Read]:
     """The runs of one file; processes in which nothing ran are told, unless it is all."""
     reasons: list[str] = []
     try:
@@ -134,17 +130,18 @@ def _source(
         for events in processes:
             name = f"{source.name} {events.process}".strip()
             try:
-                found = attribute(events, ruleset)
+                found = attribute(events, how.ruleset)
                 breakdown = make_breakdown(found, name, kind)
             except TraceError as error:
                 reasons.append(f"{name}: {error}")
                 if len(reasons) == len(processes):
                     raise
                 continue
-            breakdown = _complete(source, breakdown, found, ruleset, ceilings)
-            if keep is not None:
-                keep(name, found)
-            yield _Read(breakdown, source.record, timeline(found) if timelines else None)
+            breakdown = _complete(source, breakdown, found, how)
+            if how.keep is not None:
+                how.keep(name, found)
+            drawn = timeline(found) if how.timelines else None
+            yield _Read(breakdown, source.record, drawn)
     except TraceError as error:
         message, path = str(error), one_line(str(source.trace))
         raise TraceError(message if path in message else f"{path}: {message}") from error
@@ -164,26 +161,20 @@ def read(path: Path) -> tuple[str, list[Events]]:
     return "kineto", [kineto.read(path)]
 
 
-def _complete(
-    source: Source,
-    breakdown: Breakdown,
-    found: Attribution,
-    ruleset: Rules,
-    ceilings: Ceilings | None,
-) -> Breakdown:
+def _complete(source: Source, breakdown: Breakdown, found: Attribution, how: _How) -> Breakdown:
     """With what the run's record and its memory step add."""
     record = source.record
     peak, notes = None, (*_setting(record), *breakdown.notes)
     measured = record.ceilings if record is not None else None
     if measured is not None and not can_be(measured):
         measured, notes = None, (*notes, "The ceilings in run.json cannot be, and are left out.")
-    measured = measured or ceilings
+    measured = measured or how.ceilings
     try:
         if record is not None and record.memory_step is not None and source.folder is not None:
             trace = named_in(source.folder, record.memory_step.trace)
-            peak = memory.peak(kineto.read(trace), record, ruleset)
+            peak = memory.peak(kineto.read(trace), record, how.ruleset)
         else:
-            peak = memory.peak(found.events, None, ruleset)
+            peak = memory.peak(found.events, None, how.ruleset)
     except TraceError as error:
         notes = (*notes, f"No memory: {error}")
     return replace(

@@ -15,9 +15,19 @@ import numpy as np
 
 from peftprof.errors import TraceError
 from peftprof.trace import links, nsys_about, nsys_names, nsys_tables
-from peftprof.trace.events import NONE, Bools, Events, Ints, Kind, Operands, Thread, nesting_order
+from peftprof.trace.events import (
+    NONE,
+    Bools,
+    Events,
+    Ints,
+    Kind,
+    Operands,
+    Thread,
+    distinct,
+    nesting_order,
+)
 from peftprof.trace.nsys_about import About, process_of
-from peftprof.trace.nsys_tables import Export, distinct
+from peftprof.trace.nsys_tables import Export
 from peftprof.trace.numbering import MAX_THREADS, Names, Numbers
 
 ACTIVITY = "CUPTI_ACTIVITY_KIND_"

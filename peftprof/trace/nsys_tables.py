@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from peftprof.errors import TraceError
-from peftprof.trace.events import NONE, Ints
+from peftprof.trace.events import NONE, Ints, distinct
 from peftprof.trace.numbering import MAX_NAME
 
 MAGIC = b"SQLite format 3\0"
@@ -193,20 +193,6 @@ def _complaint(path: Path, error: Exception, deadline: float) -> str:
     if isinstance(error, sqlite3.DataError):
         return f"{path} holds a value of more than {MAX_VALUE >> 20} MiB; that is no trace"
     return f"{path} is damaged or cut off ({str(error)[:120]}); {AGAIN}"
-
-
-def distinct(values: Ints) -> tuple[Ints, Ints]:
-    """The distinct values in order, and each value's number among them."""
-    if not len(values):
-        return values, values
-    low, high = int(values.min()), int(values.max())
-    if high - low > 4 * len(values) + 1000:
-        found, which = np.unique(values, return_inverse=True)
-        return found, which.reshape(-1)
-    # Ids are small and dense: a table of what is there spares the sorting.
-    there = np.zeros(high - low + 1, np.bool_)
-    there[values - low] = True
-    return np.flatnonzero(there) + low, (np.cumsum(there) - 1)[values - low]
 
 
 def _ints(values: Sequence[Any]) -> Ints:

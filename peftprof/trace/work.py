@@ -15,7 +15,7 @@ from peftprof.breakdowns import CATEGORIES, Ceilings, Work
 from peftprof.trace import costs
 from peftprof.trace.attribute import Attribution
 from peftprof.trace.costs import Rank
-from peftprof.trace.events import NONE, Bools, Events, Ints, Kind
+from peftprof.trace.events import NONE, Bools, Events, Ints, Kind, distinct
 from peftprof.trace.formulas import Cost
 from peftprof.trace.nesting import Tree
 
@@ -130,7 +130,7 @@ def _prices(events: Events) -> _Prices:
 
     # NONE, no operands, becomes one more signature after all others.
     signatures = len(events.signatures) + 1
-    pairs, which = _distinct(events.name[rows] * signatures + events.operands[rows] % signatures)
+    pairs, which = distinct(events.name[rows] * signatures + events.operands[rows] % signatures)
     ranks, taken = [NONE], [Cost(0, 0)]
     for pair in pairs.tolist():
         rule, signature = rules[pair // signatures], pair % signatures
@@ -152,17 +152,6 @@ def _prices(events: Events) -> _Prices:
         dtype=np.array([dtypes.index(cost.dtype) for cost in taken], np.int64),
         dtypes=dtypes,
     )
-
-
-def _distinct(values: Ints) -> tuple[Ints, Ints]:
-    """The distinct values and each value's number among them, by a table where it fits."""
-    reach = int(values.max(initial=-1)) + 1
-    if reach > 4 * len(values) + 1_000_000:
-        unique, which = np.unique(values, return_inverse=True)
-        return unique, which.reshape(-1)
-    seen = np.zeros(reach, np.bool_)
-    seen[values] = True
-    return np.flatnonzero(seen), (np.cumsum(seen) - 1)[values]
 
 
 def _counted(prices: _Prices, tree: Tree) -> Bools:

@@ -181,8 +181,8 @@ def notes(number: int, run: Breakdown) -> Html:
     if run.overlap_ns > 0.001 * step.median:
         more = numbers.duration(run.overlap_ns)
         said.append(f"Overlap: {more} of further work a step ran beside what is counted here.")
-    if run.if_free:
-        said.append(if_free(run))
+    if gains := if_free(run):
+        said.append(gains)
     return tag("ul", *(tag("li", words) for words in (*said, *run.notes)))
 
 
