@@ -1,0 +1,246 @@
+"""Attention of sequences that stand one after the other, without padding outside it.
+
+A batch is T tokens; sequences come by length, so that those of similar length are
+neighbours. Neighbours form a group, and only inside a group, and only inside attention, a
+sequence is padded to the longest of its group: linear layers, norms and dropout never see
+a token that is none.
+
+    group 0                      group 1
+    [a a a . | b b b b | c c c c] [d d d d d d d . | e e e e e e e e]
+
+The equations are those of Vaswani et al. 2017, section 3.2.1, with dropout on the
+probabilities: O = drop(softmax(scale Q K^T)) V.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from peftprof_kernels.dropout import draw_mask, keep_scale, rounded
+
+# What one more group costs, in rows x columns of scores: the calls that it takes against
+# the padding that it saves. See docs/speed.md.
+GROUP_COST: Final = 6_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that attention pads to one length; rows are tokens, from `start` to `end`.
+
+    count, longest  sequences, and the length they are padded to
+    rows    int64 [count * longest], the group's row at each place; any row where there is none
+    places  int64 [end - start], the place of each row
+    absent  bool [count, longest], where no row is
+    All three are None where every sequence is as long as the longest.
+    """
+
+    start: int
+    end: int
+    count: int
+    longest: int
+    rows: Tensor | None = None
+    places: Tensor | None = None
+    absent: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Group":
+        """The group with its tensors on `device`."""
+        if self.rows is None:
+            return self
+        tensors = (self.rows, self.places, self.absent)
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return Group(self.start, self.end, self.count, self.longest, *moved)
+
+
+def grouped(lengths: Sequence[int], cost: int = GROUP_COST, multiple: int = 1) -> tuple[Group, ...]:
+    """Groups for sequences of these ascending lengths, by the least sum of scores and `cost`.
+
+    A group of n sequences padded to L has n * L^2 scores (a head); `multiple` rounds L up.
+    Raises ValueError for lengths that are not ascending, or not positive.
+    """
+    if any(b < a for a, b in itertools.pairwise(lengths)) or min(lengths, default=0) < 1:
+        raise ValueError("lengths must be positive and ascending")
+    padded = [-(-length // multiple) * multiple for length in lengths]
+    best: list[tuple[int, int]] = [
+        (0, 0)
+    ]  # for the first j sequences: cost, start of the last group
+    for j, longest in enumerate(padded, 1):
+        best.append(min((best[i][0] + (j - i) * longest**2 + cost, i) for i in range(j)))
+    bounds = [len(lengths)]
+    while bounds[-1]:
+        bounds.append(best[bounds[-1]][1])
+    bounds.reverse()
+    groups, start = [], 0
+    for first, last in itertools.pairwise(bounds):
+        group = _group(lengths[first:last], padded[last - 1], start)
+        groups.append(group)
+        start = group.end
+    return tuple(groups)
+
+
+def _group(lengths: Sequence[int], longest: int, start: int) -> Group:
+    count, total = len(lengths), sum(lengths)
+    if total == count * longest:
+        return Group(start, start + total, count, longest)
+    here = torch.arange(longest)
+    sizes = torch.tensor(lengths)
+    present = here < sizes[:, None]
+    begins = sizes.cumsum(0) - sizes
+    rows = torch.where(present, begins[:, None] + here, 0).view(-1)
+    return Group(
+        start, start + total, count, longest, rows, present.view(-1).nonzero().view(-1), ~present
+    )
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Sequence[Group],
+    scale: float,
+    p: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """Attention inside each sequence, q [T, h, d] and k, v [T, h / n, d] -> [T, h, d].
+
+    Each key head serves n query heads. p is dropout's probability on the attention
+    probabilities. On a CPU with dropout, scores and softmax are fp32 and their masks one
+    byte each; else it is torch's scaled_dot_product_attention, group by group. The result
+    has v's dtype. Raises ValueError for shapes that do not fit each other or the groups.
+    """
+    _check(q, k, v, groups)
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    if q.device.type == "cpu" and rounded(p):
+        out: Tensor = _DroppedAttention.apply(q, k, v, groups, scale, p, causal)  # type: ignore[no-untyped-call]
+        return out
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return _joined([_stock(q, k, v, group, scale, p, causal) for group in groups])
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -> None:
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must be [T, heads, d], k and v [T, heads / n, d]; got {(*q.shape,)}, "
+            f"{(*k.shape,)}, {(*v.shape,)}"
+        )
+    if [g.start for g in groups] + [q.shape[0]] != [0] + [g.end for g in groups]:
+        raise ValueError(f"the groups do not cover the {q.shape[0]} tokens, each once")
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _spread(x: Tensor, group: Group) -> Tensor:
+    """The group's rows of x [T, h, d] as [count, longest, h, d]; what is no row is any row."""
+    part = x[group.start : group.end]
+    if group.rows is not None:
+        part = part.index_select(0, group.rows)
+    return part.view(group.count, group.longest, *x.shape[1:])
+
+
+def _stock(
+    q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float, p: float, causal: bool
+) -> Tensor:
+    q, k, v = (_spread(t, group).transpose(1, 2) for t in (q, k, v))
+    mask = None
+    if group.absent is not None and not causal:  # causal: what is absent comes after
+        mask = ~group.absent[:, None, None, :]
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale
+    )
+    flat = out.transpose(1, 2).flatten(0, 1)  # [count * longest, h, d]
+    return flat if group.places is None else flat.index_select(0, group.places)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    """With P = softmax(scale Q K^T), D its dropout and O = D V:
+
+    dV = D^T dO, dD = dO V^T, dP = dropout's backward of dD, dS = P (dP - rowsum(dP P)),
+    dQ = scale dS K, dK = scale dS^T Q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: Sequence[Group],
+        scale: float,
+        p: float,
+        causal: bool,
+    ) -> Tensor:
+        outs, saved = [], []
+        keep = keep_scale(p)
+        for group in groups:
+            Q, K, V = (_heads(t, group) for t in (q, k, v))
+            S = torch.baddbmm(_bias(group, q.shape[1], causal), Q, K.transpose(1, 2), alpha=scale)
+            P = torch.softmax(S, -1, dtype=torch.float32)
+            mask = draw_mask(P.shape, p, torch.int8, P.device)
+            D = mask.to(P.dtype).mul_(P)
+            outs.append(_rows(torch.bmm(D, V).mul_(keep), group, v))
+            saved += [Q, K, V, P, mask]
+        ctx.save_for_backward(*saved)
+        ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
+        ctx.dtypes = tuple(t.dtype for t in (q, k, v))
+        return _joined(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        need_q, need_k, need_v = ctx.needs_input_grad[:3]
+        grads: tuple[list[Tensor], ...] = ([], [], [])
+        for i, group in enumerate(ctx.groups):
+            Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
+            dO = _heads(dout, group, absent=0.0).mul_(ctx.keep)
+            kept = mask.to(P.dtype)
+            if need_v:
+                grads[2].append(_rows(torch.bmm((kept * P).transpose(1, 2), dO), group, dout))
+            if need_q or need_k:
+                dP = torch.bmm(dO, V.transpose(1, 2)).mul_(kept)
+                dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(ctx.scale)
+            if need_q:
+                grads[0].append(_rows(torch.bmm(dS, K), group, dout))
+            if need_k:
+                grads[1].append(_rows(torch.bmm(dS.transpose(1, 2), Q), group, dout))
+        return (
+            *(_joined(g).to(d) if g else None for g, d in zip(grads, ctx.dtypes, strict=True)),
+            *[None] * 4,
+        )
+
+
+def _heads(x: Tensor, group: Group, absent: float | None = None) -> Tensor:
+    """The group's rows of x [T, h, d], in fp32, as [count * h, longest, d] with its own memory."""
+    spread = _spread(x, group)
+    if absent is not None and group.absent is not None:
+        spread = spread.masked_fill(group.absent[..., None, None], absent)
+    count, longest, h, d = spread.shape
+    out = torch.empty(count, h, longest, d, dtype=torch.float32, device=x.device)
+    return out.copy_(spread.transpose(1, 2)).view(-1, longest, d)
+
+
+def _rows(x: Tensor, group: Group, like: Tensor) -> Tensor:
+    """x [count * h, longest, d] as the group's rows [rows, h, d], in `like`'s dtype."""
+    h, d = like.shape[1:]
+    by_row = x.view(group.count, h, group.longest, d).transpose(1, 2).to(like.dtype)
+    flat = by_row.reshape(-1, h, d)
+    return flat if group.places is None else flat.index_select(0, group.places)
+
+
+def _bias(group: Group, heads: int, causal: bool) -> Tensor:
+    """Zero, and minus infinity where a query must not look; broadcasts to the scores."""
+    longest = group.longest
+    if causal:
+        return torch.full((longest, longest), -torch.inf).triu_(1)
+    if group.absent is None:
+        return torch.zeros(())
+    bias = torch.zeros(group.count, 1, longest).masked_fill_(group.absent[:, None], -torch.inf)
+    return bias.repeat_interleave(heads, 0)  # [count * heads, 1, longest]

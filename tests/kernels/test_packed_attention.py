@@ -1,0 +1,128 @@
+"""Packed attention against float64 attention of each sequence by itself."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftprof_kernels import dropout, grouped, packed_attention
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(sorted)
+
+
+def alone(q, k, v, lengths, scale, causal):
+    """Each sequence by the definition."""
+    n = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
+    outs = []
+    for Q, K, V in zip(*(t.split(list(lengths)) for t in (q, k, v)), strict=True):
+        S = torch.einsum("ihd,jhd->hij", Q, K) * scale
+        if causal:
+            S = S.masked_fill(torch.ones(S.shape[1:], dtype=torch.bool).triu(1), -torch.inf)
+        outs.append(torch.einsum("hij,jhd->ihd", S.softmax(-1), V))
+    return torch.cat(outs)
+
+
+def tensors(lengths, heads, shared, d=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (heads, heads // shared, heads // shared)
+    return [
+        torch.randn(sum(lengths), h, d, generator=generator, dtype=torch.float64) for h in sizes
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    LENGTHS,
+    st.sampled_from([(4, 1), (4, 2), (3, 3)]),
+    st.booleans(),
+    st.sampled_from([0, 50, 10**6]),
+)
+def test_grouped_attention_is_each_sequence_alone(lengths, heads, causal, cost):
+    q, k, v = (t.requires_grad_() for t in tensors(lengths, *heads))
+    expected = alone(q, k, v, lengths, 0.3, causal)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    ours = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    groups = grouped(lengths, cost)
+    out = packed_attention(*ours, groups, 0.3, 0.0, causal)
+    assert torch.allclose(out.double(), expected, atol=2e-5)
+    for a, b in zip(torch.autograd.grad((out * weights.float()).sum(), ours), wanted, strict=True):
+        assert torch.allclose(a.double(), b, atol=2e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cost", [0, 100, 10**6])
+def test_dropped_attention_has_the_gradients_of_its_own_function(causal, cost):
+    """The masks are the same for the same seed, so finite differences see one function."""
+    lengths = [2, 3, 3, 7, 9]
+    inputs = [t.float() for t in tensors(lengths, 2, 1, d=4)]
+    groups = grouped(lengths, cost)
+    weights = torch.randn(sum(lengths), 2, 4, generator=torch.Generator().manual_seed(3))
+
+    def value(*tensors):
+        torch.manual_seed(11)
+        return (packed_attention(*tensors, groups, 0.4, 0.3, causal) * weights).sum()
+
+    asking = [t.clone().requires_grad_() for t in inputs]
+    grads = torch.autograd.grad(value(*asking), asking)
+    for which in range(3):
+        direction = torch.randn(inputs[which].shape, generator=torch.Generator().manual_seed(5))
+        step = 1e-2
+        ends = []
+        for sign in (1, -1):
+            moved = list(inputs)
+            moved[which] = inputs[which] + sign * step * direction
+            ends.append(float(value(*moved)))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert slope == pytest.approx(float((grads[which] * direction).sum()), rel=2e-2, abs=2e-2)
+
+
+def test_dropout_keeps_the_expectation_of_attention():
+    lengths = [3, 5]
+    q, k, v = (t.float() for t in tensors(lengths, 2, 1))
+    groups = grouped(lengths)
+    torch.manual_seed(0)
+    mean = torch.stack([packed_attention(q, k, v, groups, 0.3, 0.25) for _ in range(4000)]).mean(0)
+    assert torch.allclose(mean, packed_attention(q, k, v, groups, 0.3), atol=0.06)
+
+
+def test_groups_weigh_padding_against_calls():
+    lengths = [3, 3, 3, 50, 50]
+    assert [(g.count, g.longest) for g in grouped(lengths, 0)] == [(3, 3), (2, 50)]
+    assert grouped(lengths, 0)[0].rows is None  # nothing to pad
+    assert [(g.count, g.longest) for g in grouped(lengths, 10**9)] == [(5, 50)]
+    assert [g.longest for g in grouped(lengths, 0, multiple=8)] == [8, 56]
+    with pytest.raises(ValueError, match="ascending"):
+        grouped([3, 2])
+    with pytest.raises(ValueError, match="positive"):
+        grouped([0, 2])
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v = (t.float() for t in tensors([3, 5], 2, 1))
+    with pytest.raises(ValueError, match="cover the 8 tokens"):
+        packed_attention(q, k, v, grouped([3, 4]), 1.0)
+    with pytest.raises(ValueError, match="q must be"):
+        packed_attention(q, k[:, :0], v[:, :0], grouped([3, 5]), 1.0)
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 0.99), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_dropout_drops_the_share_it_says_and_backward_the_same(p, dtype):
+    x = torch.ones(200, 300, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x, p)
+    y.backward(torch.ones_like(y))
+    kept = float((y != 0).double().mean())
+    assert kept == pytest.approx(1 - p, abs=0.01)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())
+    if kept:
+        assert float(y.detach().max()) == pytest.approx(1 / (1 - p), rel=1e-2)
+    assert dropout(x, p, training=False) is x
+
+
+def test_dropout_refuses_what_is_no_probability():
+    with pytest.raises(ValueError, match="probability"):
+        dropout(torch.ones(2), 1.5)
