@@ -18,6 +18,7 @@ METHODS = ("full", "lora", "qlora")
 KERNELS = ("auto", "bnb", "torch", "triton")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LARGEST = 1e30  # still a number when it is multiplied in fp32
+PADDINGS = ("auto", "packed", "split", "pad")
 PROFILERS = ("auto", "none", "torch", "nsys")
 
 
@@ -48,6 +49,7 @@ class RunConfig:
     batch_size: int = 32
     max_length: int = 128
     precision: str = "auto"
+    padding: str = "auto"
     seed: int = 42
     device: str = "auto"
     profiler: str = "auto"
@@ -61,6 +63,7 @@ class RunConfig:
         _one_of("method", self.method, METHODS)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("padding", self.padding, PADDINGS)
         _one_of("profiler", self.profiler, PROFILERS)
         for name in ("rank", "batch_size", "max_length", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)

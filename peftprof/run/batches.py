@@ -1,6 +1,7 @@
 """Step n's batch as a pure function of n, so that resuming and profiling see the same ones."""
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,30 +11,80 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peftprof.errors import InputError
 from peftprof.run.tables import Examples
+from peftprof_kernels import Group, grouped
+
+# What one more part of a split batch costs, in the units of `grouped`; see docs/speed.md.
+SPLIT_COST = 8_000
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of packed tokens are, in tokens from 0.
+
+    `groups` are what attention works on; `first` and `last` [sequences] are the places of
+    each sequence's first and last token.
+    """
+
+    groups: tuple[Group, ...]
+    first: torch.Tensor
+    last: torch.Tensor
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same, its tensors on `device`."""
+        first, last = (t.to(device, non_blocking=True) for t in (self.first, self.last))
+        return Segments(tuple(g.to(device) for g in self.groups), first, last)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through the model at once: `inputs` go to its forward, labels [sequences].
+
+    Padded: inputs [sequences, longest] with an attention mask, and no segments. Packed:
+    inputs [1, tokens], sequences by length one after the other, with position ids.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    segments: Segments | None = None
+
+    def to(self, device: torch.device) -> "Part":
+        """The part on `device`; from pinned memory the copy to a GPU does not wait."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            source = tensor.pin_memory() if device.type == "cuda" else tensor
+            return source.to(device, non_blocking=True)
+
+        segments = None if self.segments is None else self.segments.to(device)
+        inputs = {name: moved(tensor) for name, tensor in self.inputs.items()}
+        return Part(inputs, moved(self.labels), segments)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One padded batch: `inputs` go to the model, [batch, longest] each; labels [batch]."""
+    """The examples of one optimiser step, in one part or several.
 
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
+    `real_tokens` are the examples' own, `padded_tokens` what the model computes: padding
+    included, where there is any.
+    """
+
+    parts: tuple[Part, ...]
+    samples: int
     real_tokens: int
     padded_tokens: int
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        labels = self.labels.to(device, non_blocking=True)
-        return Batch(moved, labels, self.real_tokens, self.padded_tokens)
+        parts = tuple(part.to(device) for part in self.parts)
+        return Batch(parts, self.samples, self.real_tokens, self.padded_tokens)
 
 
 class Batches:
-    """Examples tokenised once, in batches padded to their longest.
+    """Examples tokenised once, in batches: packed, split by length, or padded to their longest.
 
     Raises InputError when `max_length` leaves no room for text.
 
-    `tokenizer` is a transformers tokenizer; `names` are the model's input names.
+    `tokenizer` is a transformers tokenizer; `names` are the model's input names;
+    `first_position` is the number of a sequence's first position.
     """
 
     def __init__(
@@ -44,6 +95,8 @@ class Batches:
         max_length: int,
         batch_size: int,
         seed: int,
+        padding: str = "pad",
+        first_position: int = 0,
     ) -> None:
         pair = len(examples.texts[0]) > 1
         special = tokenizer.num_special_tokens_to_add(pair=pair)
@@ -68,11 +121,13 @@ class Batches:
             for name in encoded
             if name in names
         }
-        self.padding = {"input_ids": tokenizer.pad_token_id}
+        self.fill = {"input_ids": tokenizer.pad_token_id}
         self.labels = examples.labels
         self.lengths = [len(ids) for ids in encoded["input_ids"]]
         self.batch_size = batch_size
         self.seed = seed
+        self.padding = padding
+        self.first_position = first_position
         self._epoch: tuple[int, list[int]] | None = None
 
     @property
@@ -80,8 +135,8 @@ class Batches:
         """Steps in an epoch; the last batch may be smaller, and none is dropped."""
         return -(-len(self.labels) // self.batch_size)
 
-    def at(self, step: int) -> Batch:
-        """The training batch of optimiser step `step` (from 0), a function of the seed alone."""
+    def indices(self, step: int) -> list[int]:
+        """The examples of optimiser step `step` (from 0), a function of the seed alone."""
         epoch, place = divmod(step, self.per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             # The seed of an epoch is a digest, so that seed 1 epoch 1 is not seed 2 epoch 0.
@@ -90,25 +145,63 @@ class Batches:
             order = torch.randperm(len(self.labels), generator=generator).tolist()
             self._epoch = epoch, order
         start = place * self.batch_size
-        return self._collate(self._epoch[1][start : start + self.batch_size])
+        return self._epoch[1][start : start + self.batch_size]
+
+    def at(self, step: int) -> Batch:
+        """The training batch of optimiser step `step` (from 0)."""
+        return self.collate(self.indices(step))
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, shortest first, so that evaluation pads little."""
         order = sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
         for start in range(0, len(order), batch_size):
-            yield self._collate(order[start : start + batch_size])
+            yield self.collate(order[start : start + batch_size])
 
-    def _collate(self, indices: Sequence[int]) -> Batch:
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """A batch of these examples. Packed and split, they come by length."""
+        if self.padding == "pad":
+            parts: tuple[Part, ...] = (self._padded(indices),)
+        else:
+            indices = sorted(indices, key=lambda i: self.lengths[i])
+            lengths = [self.lengths[i] for i in indices]
+            if self.padding == "packed":
+                parts = (self._packed(indices, lengths),)
+            else:
+                bounds = itertools.accumulate(
+                    (group.count for group in grouped(lengths, SPLIT_COST)), initial=0
+                )
+                parts = tuple(self._padded(indices[a:b]) for a, b in itertools.pairwise(bounds))
+        return Batch(
+            parts,
+            samples=len(indices),
+            real_tokens=sum(self.lengths[i] for i in indices),
+            padded_tokens=sum(part.inputs["input_ids"].numel() for part in parts),
+        )
+
+    def _padded(self, indices: Sequence[int]) -> Part:
         inputs = {
             name: pad_sequence(
                 [rows[i] for i in indices],
                 batch_first=True,
-                padding_value=self.padding.get(name, 0),
+                padding_value=self.fill.get(name, 0),
             )
             for name, rows in self.columns.items()
         }
         lengths = torch.tensor([self.lengths[i] for i in indices])
         longest = inputs["input_ids"].shape[1]
         inputs["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        labels = torch.tensor([self.labels[i] for i in indices])
-        return Batch(inputs, labels, int(lengths.sum()), len(indices) * longest)
+        return Part(inputs, self._labels(indices))
+
+    def _packed(self, indices: Sequence[int], lengths: Sequence[int]) -> Part:
+        inputs = {
+            name: torch.cat([rows[i] for i in indices])[None] for name, rows in self.columns.items()
+        }
+        sizes = torch.tensor(lengths)
+        ends = sizes.cumsum(0)
+        begins = (ends - sizes).repeat_interleave(sizes)
+        inputs["position_ids"] = (torch.arange(len(begins)) - begins + self.first_position)[None]
+        segments = Segments(grouped(lengths), ends - sizes, ends - 1)
+        return Part(inputs, self._labels(indices), segments)
+
+    def _labels(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([self.labels[i] for i in indices])

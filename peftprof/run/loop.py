@@ -2,20 +2,21 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import get_total_norm
 
 from peftprof import annotate
 from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TrainingError
 from peftprof.records import Accuracy, Energy, Memory, Trainable, decode, encode
-from peftprof.run import adapters
-from peftprof.run.batches import Batch, Batches
+from peftprof.run import adapters, packing
+from peftprof.run.batches import Batch, Batches, Part
 from peftprof.run.folder import Evaluation, RunFolder, Step
 from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, together
 from peftprof.run.model import DTYPES
@@ -23,6 +24,7 @@ from peftprof.run.statistics import wilson
 from peftprof.watcher import Watcher
 
 WARMUP_STEPS = 5  # excluded from the figures after every start: allocators and caches fill
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 FLUSH_EVERY = 10  # steps between two readings of the losses, each a wait for the device
 
 
@@ -37,6 +39,7 @@ class Trainee:
     train: Batches
     validation: Batches
     total_steps: int
+    _ready: dict[int, Batch] = field(default_factory=dict)  # on the device before its step
 
     @property
     def device(self) -> torch.device:
@@ -53,28 +56,52 @@ class Trainee:
         """Optimiser step `number` (from 0): its loss, still on the device, and its batch."""
         with annotate.step(number):
             with annotate.phase("data"):
-                batch = self.train.at(number).to(self.device)
-            with annotate.phase("forward"), self.autocast():
-                logits = self.model(**batch.inputs).logits
-                with annotate.op("loss"):
-                    loss = cross_entropy(logits.float(), batch.labels)
-            with annotate.phase("backward"):
-                self.scaler.scale(loss).backward()
+                batch = self._batch(number)
+            # Of the parts' sums, not means, so that every example counts the same.
+            losses = [self._learn(part, batch.samples) for part in batch.parts]
             with annotate.phase("optimizer"):
                 self._update(number)
-        return loss.detach(), batch
+            if self.device.type == "cuda":
+                with annotate.phase("data"):  # while the GPU still works on this step
+                    self._ready = {number + 1: self._load(number + 1)}
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), batch
+
+    def _batch(self, number: int) -> Batch:
+        ready = self._ready.pop(number, None)
+        return self._load(number) if ready is None else ready
+
+    def _load(self, number: int) -> Batch:
+        return self.train.at(number).to(self.device)
+
+    def _learn(self, part: Part, samples: int) -> torch.Tensor:
+        """Forward and backward of one part of a batch: its share of the batch's mean loss."""
+        with annotate.phase("forward"), self.autocast():
+            logits = packing.logits(self.model, part)
+            with annotate.op("loss"):
+                loss = cross_entropy(logits.float(), part.labels, reduction="sum") / samples
+        with annotate.phase("backward"):
+            self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def _update(self, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(number)
-        self.scaler.unscale_(self.optimizer)
+        limit = self.config.max_grad_norm
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            with annotate.op("grad_clip"):
+                torch.nn.utils.clip_grad_norm_(parameters, limit)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
         with annotate.op("grad_clip"):
-            torch.nn.utils.clip_grad_norm_(
-                (p for group in self.optimizer.param_groups for p in group["params"]),
-                self.config.max_grad_norm,
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # The fused optimizer divides each gradient by this in passing, where
+            # clip_grad_norm_ reads and writes all of them once more.
+            self.optimizer.grad_scale = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
+            self.optimizer.found_inf = norm.new_zeros(())
+        self.optimizer.step()
 
     def rate(self, number: int) -> float:
         """Learning rate of step `number`: linear warm-up from 0, then linear to 0."""
@@ -91,11 +118,11 @@ class Trainee:
         correct, loss, examples = 0, 0.0, len(self.validation.labels)
         with annotate.phase("eval"):
             for batch in self.validation.in_order(2 * self.config.batch_size):
-                batch = batch.to(self.device)
-                with self.autocast():
-                    logits = self.model(**batch.inputs).logits.float()
-                loss += float(cross_entropy(logits, batch.labels, reduction="sum"))
-                correct += int((logits.argmax(-1) == batch.labels).sum())
+                for part in batch.to(self.device).parts:
+                    with self.autocast():
+                        logits = packing.logits(self.model, part).float()
+                    loss += float(cross_entropy(logits, part.labels, reduction="sum"))
+                    correct += int((logits.argmax(-1) == part.labels).sum())
         self.model.train()
         low, high = wilson(correct, examples)
         return Accuracy(correct, examples, correct / examples, low, high, loss / examples)
@@ -113,7 +140,9 @@ def make_trainee(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, fused=True
+    )
     scaler = torch.amp.GradScaler(
         torch.device(config.device).type, enabled=config.precision == "fp16"
     )
@@ -205,7 +234,7 @@ class TimedLoop:
                     loss,
                     self.trainee.rate(number),
                     ns,
-                    len(batch.labels),
+                    batch.samples,
                     batch.real_tokens,
                     batch.padded_tokens,
                     number < start + WARMUP_STEPS,
@@ -311,9 +340,7 @@ def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, dict[str,
         }
         if kept:
             trainee.optimizer.state[parameter] = {
-                # AdamW keeps its step count on the host unless it is fused or captured.
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in kept.items()
+                key: value.to(parameter.device) for key, value in kept.items()
             }
     if trainee.scaler.is_enabled():
         trainee.scaler.load_state_dict(state["scaler"])

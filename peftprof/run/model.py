@@ -1,5 +1,6 @@
 """The base model of a run, loaded for a method, and its family's names."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +20,27 @@ class Family:
     """Names inside one family of models, as transformers calls them.
 
     `targets` are the query and value projections, `head` the classifier's modules,
-    `layers` the list of transformer layers, all by the end of their paths.
+    `layers` the list of transformer layers, all by the end of their paths. `pools` says
+    which token of a sequence its classifier reads, "first" or "last", where sequences can be
+    packed (`packing`); None where they cannot.
     """
 
     targets: tuple[str, ...]
     head: tuple[str, ...]
     layers: str
+    pools: str | None = None
 
 
-_DECODER = Family(("q_proj", "v_proj"), ("score",), "model.layers")
+_DECODER = Family(("q_proj", "v_proj"), ("score",), "model.layers", "last")
 FAMILIES = {
-    "bert": Family(("query", "value"), ("classifier",), "bert.encoder.layer"),
+    "bert": Family(("query", "value"), ("classifier",), "bert.encoder.layer", "first"),
     "distilbert": Family(
-        ("q_lin", "v_lin"), ("pre_classifier", "classifier"), "distilbert.transformer.layer"
+        ("q_lin", "v_lin"),
+        ("pre_classifier", "classifier"),
+        "distilbert.transformer.layer",
+        "first",
     ),
-    "roberta": Family(("query", "value"), ("classifier",), "roberta.encoder.layer"),
+    "roberta": Family(("query", "value"), ("classifier",), "roberta.encoder.layer", "first"),
     # ModernBERT holds query, key and value in one projection; there is no narrower choice.
     "modernbert": Family(("Wqkv",), ("head", "classifier"), "model.layers"),
     "llama": _DECODER,
@@ -55,7 +62,7 @@ def family_of(source: Source, config: RunConfig) -> Family:
             f"{', '.join(sorted(FAMILIES))}"
         )
     if config.target_modules:
-        return Family(config.target_modules, known.head, known.layers)
+        return dataclasses.replace(known, targets=config.target_modules)
     return known
 
 

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 
 from peftprof.config import RunConfig
-from peftprof.errors import DeviceError, FolderError, InputError, TrainingError
+from peftprof.errors import ConfigError, DeviceError, FolderError, InputError, TrainingError
 from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
-from peftprof.run import adapters, capture, ceilings, data, environment, memory_trace
+from peftprof.run import (
+    adapters,
+    capture,
+    ceilings,
+    data,
+    environment,
+    frugal,
+    memory_trace,
+    packing,
+)
 from peftprof.run import model as models
 from peftprof.run.batches import Batches
 from peftprof.run.folder import RunFolder, Step
@@ -85,7 +94,10 @@ class Prepared:
             self.tokenizer.pad_token_id,
         )
         info = models.describe(self.source, model)
+        if config.padding == "packed":
+            packing.prepare(model, self.family)
         adapted = adapters.attach(model, config, self.family)
+        frugal.prepare(adapted, config)
         return make_trainee(config, adapted, self.train, self.validation), info
 
 
@@ -99,12 +111,20 @@ def prepare(config: RunConfig) -> Prepared:
             f"--max-length {config.max_length} is more than the {source.longest} positions of "
             f"{config.model!r}"
         )
+    config = dataclasses.replace(config, padding=_padding(source, config, family))
     loaded = data.load(config)
     tokenizer = load_tokenizer(source)
 
     def batches(examples: Examples) -> Batches:
         return Batches(
-            examples, tokenizer, source.inputs, config.max_length, config.batch_size, config.seed
+            examples,
+            tokenizer,
+            source.inputs,
+            config.max_length,
+            config.batch_size,
+            config.seed,
+            config.padding,
+            packing.first_position(source.config),
         )
 
     return Prepared(
@@ -116,6 +136,19 @@ def prepare(config: RunConfig) -> Prepared:
         batches(loaded.train),
         batches(loaded.validation),
     )
+
+
+def _padding(source: Source, config: RunConfig, family: models.Family) -> str:
+    """How batches of this model are made where the configuration leaves it open."""
+    packs = packing.supported(source.config, family, config.max_length)
+    if config.padding == "packed" and not packs:
+        raise ConfigError(
+            f"--padding packed is not known for {config.model!r} ({source.family}); use "
+            "--padding split, which pads to lengths that are close"
+        )
+    if config.padding != "auto":
+        return config.padding
+    return "packed" if packs else "split"
 
 
 def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watcher) -> RunFolder:
@@ -136,7 +169,7 @@ def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watc
         state="running",
         created=now.isoformat(timespec="seconds"),
         command=tuple(command),
-        config=config.to_json(),
+        config=prepared.config.to_json(),
         environment=environment.describe(),
     )
     return _finish(folder, record, prepared, watcher, folder.held(new=True))

@@ -33,6 +33,7 @@ class Source:
     longest: int | None
     inputs: tuple[str, ...]
     fingerprint: str
+    config: Any  # as transformers reads it
 
 
 def locate(name: str) -> Source:
@@ -62,6 +63,7 @@ def locate(name: str) -> Source:
         longest=longest,
         inputs=inputs,
         fingerprint=_fingerprint(folder),
+        config=config,
     )
 
 

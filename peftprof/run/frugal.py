@@ -1,0 +1,36 @@
+"""The same modules, less work: what a model does more often than its mathematics asks for."""
+
+import types
+
+import torch
+
+from peftprof.config import RunConfig
+from peftprof.run.model import DTYPES
+from peftprof_kernels import dropout
+
+
+def prepare(model: torch.nn.Module, config: RunConfig) -> None:
+    """Change how `model` computes, in place; what it computes stays as it is.
+
+    Frozen dense weights are rounded to the run's precision once, where autocast would round
+    them in every step. On a CPU, dropout draws 16 random bits an element and keeps a byte,
+    where torch's draws more and keeps a mask of the input's size.
+    """
+    if config.method == "lora" and config.precision != "fp32":
+        _round_frozen(model, DTYPES[config.precision])
+    if config.device == "cpu":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout) and module.p:
+                module.forward = types.MethodType(_dropout, module)  # type: ignore[method-assign]
+
+
+def _round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(dtype)
+            if module.bias is not None and not module.bias.requires_grad:
+                module.bias.data = module.bias.data.to(dtype)
+
+
+def _dropout(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    return dropout(x, module.p, module.training)

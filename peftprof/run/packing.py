@@ -1,0 +1,120 @@
+"""Sequences packed one after the other: the same classifier, no computation on padding.
+
+The models are transformers' own and unchanged but for two things. Their attention is asked
+for by name and gets the batch's segments through the keyword arguments that transformers
+hands down; and what leaves the last layer is, for each sequence, the one token that the
+classifier reads. Everything between works token by token and needs nothing.
+"""
+
+from typing import Any
+
+import torch
+
+from peftprof.run.batches import Part
+from peftprof.run.model import Family
+from peftprof_kernels import packed_attention
+
+ATTENTION = "peftprof_packed"
+
+
+def supported(model_config: Any, family: Family, longest: int) -> bool:
+    """Whether a model of this transformers config can run on packed sequences.
+
+    `longest` is the length no sequence exceeds: a window of attention that is shorter would
+    be ignored, and so are encoders made into decoders.
+    """
+    windows = [getattr(model_config, "sliding_window", None)]
+    if not getattr(model_config, "use_sliding_window", True):
+        windows = []
+    return (
+        family.pools is not None
+        and not getattr(model_config, "is_decoder", False)
+        and all(window is None or window >= longest for window in windows)
+    )
+
+
+def first_position(model_config: Any) -> int:
+    """The number of a sequence's first position: RoBERTa's come after the padding's."""
+    return model_config.pad_token_id + 1 if model_config.model_type == "roberta" else 0
+
+
+def prepare(classifier: Any, family: Family) -> None:
+    """Let `classifier`, a transformers sequence classifier, take packed parts, in place."""
+    _register()
+    classifier.set_attn_implementation(ATTENTION)
+    if family.pools == "first":
+        stack = classifier.get_submodule(family.layers.rpartition(".")[0])
+        stack.register_forward_hook(_first_tokens, with_kwargs=True)
+
+
+def logits(model: Any, part: Part) -> torch.Tensor:
+    """The logits [sequences, labels] of a part, padded or packed; `model` may be PEFT's."""
+    if part.segments is None:
+        padded: torch.Tensor = model(**part.inputs).logits
+        return padded
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = part.inputs | {"segments": part.segments}
+    if hasattr(classifier, "score"):  # causal: the head alone, on the last tokens
+        hidden = getattr(classifier, classifier.base_model_prefix)(**inputs).last_hidden_state
+        scores: torch.Tensor = classifier.score(hidden[0, part.segments.last])
+        return scores
+    pooled: torch.Tensor = classifier(**inputs).logits
+    return pooled
+
+
+def _first_tokens(stack: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Each sequence's first token as a batch of sequences of one, for stock code to pool."""
+    segments = kwargs.get("segments")
+    if segments is not None:
+        output["last_hidden_state"] = output.last_hidden_state[0, segments.first][:, None]
+    return output
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Any = None,
+    **further: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it: [1, heads, T, d] each -> [1, T, heads, d]."""
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        padded: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **further
+        )
+        return padded
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, d]
+    causal = further.get("is_causal")
+    out = packed_attention(
+        q,
+        k,
+        v,
+        segments.groups,
+        q.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout,
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+    )
+    return out[None], None
+
+
+def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **further: Any) -> Any:
+    """No mask for packed tokens, whose segments say more; else the stock one."""
+    if attention_mask is None:
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, attention_mask=attention_mask, **further)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _mask)
