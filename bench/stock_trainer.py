@@ -195,7 +195,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     examples = len(prepared.validation.labels)
     low, high = wilson(correct, examples)
     steps = range(loop.WARMUP_STEPS, trained.global_step)
-    samples = sum(len(prepared.train.at(n).labels) for n in steps)
+    samples = sum(len(prepared.train.indices(n)) for n in steps)
     return {
         "what": "stock Trainer + PEFT + bitsandbytes",
         "config": config.to_json(),

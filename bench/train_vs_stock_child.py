@@ -114,11 +114,12 @@ def stock(config: RunConfig) -> dict[str, Any]:
     order = [[next(drawn) for _ in range(shape[0])] for shape in shapes]
     lengths = [[prepared.train.lengths[i] for i in step] for step in order]
     net.train()
-    device = torch.device(config.device)
-    counted = ModelFlops.of(net, prepared.family.layers, prepared.train.at(0).to(device).inputs)
-    shown = trainer.args.to_diff_dict()
-    # The loop's own folder, and a clock's name for a run: nothing that the training knows.
-    arguments = {k: v for k, v in shown.items() if k not in ("output_dir", "run_name")}
+    example = trainer.data_collator([rows[0]]).to(config.device)
+    counted = ModelFlops.of(net, prepared.family.layers, example)
+    usual = transformers.TrainingArguments().to_dict()
+    # The loop's own folder: nothing that the training knows.
+    usual |= {"output_dir": trainer.args.output_dir}
+    arguments = {k: v for k, v in trainer.args.to_dict().items() if v != usual.get(k)}
     return found | {
         "losses": [float(loss) for loss in losses],
         "samples": [shape[0] for shape in shapes],
@@ -127,9 +128,9 @@ def stock(config: RunConfig) -> dict[str, Any]:
         "flops": [counted.of_step(step) for step in lengths],
         "initial_sha256": before,
         "order_sha256": order_sha256(order),
-        "dropouts": dropouts(net),
+        "drops_out": first_dropout(net),
         "settings": {
-            "training_arguments": arguments,
+            "training_arguments": arguments,  # those that are not the default
             "optim": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
             "attention": getattr(net.config, "_attn_implementation", None),
             "collator": "DataCollatorWithPadding, to the longest of the batch",
@@ -153,7 +154,7 @@ def ours(config: RunConfig) -> dict[str, Any]:
         loss, batch = trainee.step(number)
         trainee.optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
-        sizes.append((len(batch.labels), batch.real_tokens, batch.padded_tokens))
+        sizes.append((batch.samples, batch.real_tokens, batch.padded_tokens))
         watch.edge()
     found = watch.result()
     return found | {
@@ -163,10 +164,12 @@ def ours(config: RunConfig) -> dict[str, Any]:
         "padded_tokens": [size[2] for size in sizes],
         "initial_sha256": before,
         "order_sha256": order_sha256([prepared.train.indices(n) for n in steps]),
-        "dropouts": dropouts(trainee.model),
+        "drops_out": first_dropout(trainee.model),
         "settings": {
             "optim": type(trainee.optimizer).__name__,
-            "attention": getattr(getattr(trainee.model, "config", None), "_attn_implementation", None),
+            "attention": getattr(
+                getattr(trainee.model, "config", None), "_attn_implementation", None
+            ),
             "steps": len(steps),
         },
     }
@@ -187,14 +190,14 @@ def order_sha256(order: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps([list(map(int, step)) for step in order]).encode()).hexdigest()
 
 
-def dropouts(model: torch.nn.Module) -> list[str]:
-    """The modules that drop something out, and how much."""
-    found = []
+def first_dropout(model: torch.nn.Module) -> str | None:
+    """A module that drops something out, and how much; None where none does."""
     for name, module in model.named_modules():
         rate = module.p if isinstance(module, torch.nn.Dropout) else 0.0
-        own = {k: v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)}
-        found += [f"{name} {p}" for p in {rate, *own.values()} if p > 0]
-    return found
+        own = (v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float))
+        if (most := max(rate, *own, 0.0)) > 0:
+            return f"{name} {most}"
+    return None
 
 
 def measured(device: torch.device, precisions: list[str]) -> dict[str, Any]:

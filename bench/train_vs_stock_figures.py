@@ -91,7 +91,7 @@ class Ratio:
         return cls(statistics.median(found), min(found), max(found))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}x [{self.low:.2f}–{self.high:.2f}]"
+        return f"{self.median:.2f}x [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def check_pair(stock: Run, ours: Run) -> None:
         if stock.found[key] != ours.found[key]:
             raise UnequalError(f"{stock.cell}: {what} differ between stock and ours")
     for run in (stock, ours):
-        if not run.dropout and run.found["dropouts"]:
-            raise UnequalError(f"{run.cell}: {run.side} still drops out: {run.found['dropouts'][0]}")
+        if not run.dropout and (where := run.found["drops_out"]):
+            raise UnequalError(f"{run.cell}: {run.side} still drops out: {where}")
 
 
 def pairs(
@@ -185,7 +185,9 @@ def _side(runs: Sequence[Run], flops: Sequence[int], peak: float) -> dict[str, A
 
 def _losses(runs: Sequence[Run]) -> dict[str, Any] | None:
     """The pair whose losses lie furthest apart, with both curves; None without a pair."""
-    by = {side: {r.round: r.found["losses"] for r in runs if r.side == side} for side in (STOCK, OURS)}
+    by = {
+        side: {r.round: r.found["losses"] for r in runs if r.side == side} for side in (STOCK, OURS)
+    }
     found = [
         vars(LossDifference.of(stock, by[OURS][number]))
         | {"round": number, "stock": stock, "ours": by[OURS][number]}

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftprof_kernels.dropout import draw_mask, keep_scale, rounded
+from peftprof_kernels.dropout import draw_mask, draw_seed, keep_scale, rounded
 
 # What one more group costs, in rows x columns of scores: the calls that it takes against
 # the padding that it saves. See docs/speed.md.
@@ -109,9 +109,10 @@ def packed_attention(
     """Attention inside each sequence, q [T, h, d] and k, v [T, h / n, d] -> [T, h, d].
 
     Each key head serves n query heads. p is dropout's probability on the attention
-    probabilities. On a CPU with dropout, scores and softmax are fp32 and their masks one
-    byte each; else it is torch's scaled_dot_product_attention, group by group. The result
-    has v's dtype. Raises ValueError for shapes that do not fit each other or the groups.
+    probabilities. Tokens after the last group belong to no sequence: their rows are zero.
+    On a CPU with dropout, scores and softmax are fp32 and their masks one byte each; else it
+    is torch's scaled_dot_product_attention, group by group. The result has v's dtype.
+    Raises ValueError for shapes that do not fit each other or the groups.
     """
     _check(q, k, v, groups)
     if k.shape[1] != q.shape[1]:
@@ -120,7 +121,10 @@ def packed_attention(
         out: Tensor = _DroppedAttention.apply(q, k, v, groups, scale, p, causal)  # type: ignore[no-untyped-call]
         return out
     q, k = q.to(v.dtype), k.to(v.dtype)
-    return _joined([_stock(q, k, v, group, scale, p, causal) for group in groups])
+    parts = [_stock(q, k, v, group, scale, p, causal) for group in groups]
+    if rest := q.shape[0] - groups[-1].end:
+        parts.append(v.new_zeros(rest, *q.shape[1:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -> None:
@@ -130,12 +134,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -> None:
             f"q must be [T, heads, d], k and v [T, heads / n, d]; got {(*q.shape,)}, "
             f"{(*k.shape,)}, {(*v.shape,)}"
         )
-    if [g.start for g in groups] + [q.shape[0]] != [0] + [g.end for g in groups]:
-        raise ValueError(f"the groups do not cover the {q.shape[0]} tokens, each once")
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    ends = [0] + [g.end for g in groups]
+    if [g.start for g in groups] != ends[:-1] or not 0 < ends[-1] <= q.shape[0]:
+        raise ValueError(f"the groups must cover tokens from the first of {q.shape[0]}, each once")
 
 
 def _spread(x: Tensor, group: Group) -> Tensor:
@@ -178,61 +179,73 @@ class _DroppedAttention(torch.autograd.Function):
         p: float,
         causal: bool,
     ) -> Tensor:
-        outs, saved = [], []
+        saved = []
         keep = keep_scale(p)
-        for group in groups:
-            Q, K, V = (_heads(t, group) for t in (q, k, v))
-            S = torch.baddbmm(_bias(group, q.shape[1], causal), Q, K.transpose(1, 2), alpha=scale)
-            P = torch.softmax(S, -1, dtype=torch.float32)
-            mask = draw_mask(P.shape, p, torch.int8, P.device)
-            D = mask.to(P.dtype).mul_(P)
-            outs.append(_rows(torch.bmm(D, V).mul_(keep), group, v))
-            saved += [Q, K, V, P, mask]
+        out = v.new_empty(q.shape)
+        out[groups[-1].end :] = 0
+        with torch.autocast(q.device.type, enabled=False):
+            for group in groups:
+                Q, K, V = (_heads(t, group) for t in (q, k, v))
+                bias = _bias(group, q.shape[1], causal)
+                P = torch.baddbmm(bias, Q, K.transpose(1, 2), alpha=scale).softmax(-1)
+                mask = draw_mask(P.shape, p, torch.int8, draw_seed())
+                D = mask.to(P.dtype).mul_(P)
+                _put(torch.bmm(D, V).mul_(keep), group, out)
+                saved += [Q, K, V, P, mask]
         ctx.save_for_backward(*saved)
         ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
-        ctx.dtypes = tuple(t.dtype for t in (q, k, v))
-        return _joined(outs)
+        ctx.shape, ctx.dtypes = q.shape, tuple(t.dtype for t in (q, k, v))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        need_q, need_k, need_v = ctx.needs_input_grad[:3]
-        grads: tuple[list[Tensor], ...] = ([], [], [])
-        for i, group in enumerate(ctx.groups):
-            Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
-            dO = _heads(dout, group, absent=0.0).mul_(ctx.keep)
-            kept = mask.to(P.dtype)
-            if need_v:
-                grads[2].append(_rows(torch.bmm((kept * P).transpose(1, 2), dO), group, dout))
-            if need_q or need_k:
-                dP = torch.bmm(dO, V.transpose(1, 2)).mul_(kept)
-                dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(ctx.scale)
-            if need_q:
-                grads[0].append(_rows(torch.bmm(dS, K), group, dout))
-            if need_k:
-                grads[1].append(_rows(torch.bmm(dS.transpose(1, 2), Q), group, dout))
-        return (
-            *(_joined(g).to(d) if g else None for g, d in zip(grads, ctx.dtypes, strict=True)),
-            *[None] * 4,
-        )
+        grads = [
+            torch.empty(ctx.shape, dtype=dtype) if need else None
+            for need, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)
+        ]
+        for grad in grads:
+            if grad is not None:
+                grad[ctx.groups[-1].end :] = 0
+        dq, dk, dv = grads
+        with torch.autocast(dout.device.type, enabled=False):
+            for i, group in enumerate(ctx.groups):
+                Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
+                dO = _heads(dout, group).mul_(ctx.keep)
+                if group.absent is not None:
+                    dO.view(group.count, -1, *dO.shape[1:]).masked_fill_(
+                        group.absent[:, None, :, None], 0.0
+                    )
+                kept = mask.to(P.dtype)
+                if dq is not None or dk is not None:
+                    dP = torch.bmm(dO, V.transpose(1, 2)).mul_(kept)
+                    dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(ctx.scale)
+                if dv is not None:
+                    _put(torch.bmm(kept.mul_(P).transpose(1, 2), dO), group, dv)
+                if dq is not None:
+                    _put(torch.bmm(dS, K), group, dq)
+                if dk is not None:
+                    _put(torch.bmm(dS.transpose(1, 2), Q), group, dk)
+        return (dq, dk, dv, *[None] * 4)
 
 
-def _heads(x: Tensor, group: Group, absent: float | None = None) -> Tensor:
+def _heads(x: Tensor, group: Group) -> Tensor:
     """The group's rows of x [T, h, d], in fp32, as [count * h, longest, d] with its own memory."""
     spread = _spread(x, group)
-    if absent is not None and group.absent is not None:
-        spread = spread.masked_fill(group.absent[..., None, None], absent)
     count, longest, h, d = spread.shape
     out = torch.empty(count, h, longest, d, dtype=torch.float32, device=x.device)
     return out.copy_(spread.transpose(1, 2)).view(-1, longest, d)
 
 
-def _rows(x: Tensor, group: Group, like: Tensor) -> Tensor:
-    """x [count * h, longest, d] as the group's rows [rows, h, d], in `like`'s dtype."""
-    h, d = like.shape[1:]
-    by_row = x.view(group.count, h, group.longest, d).transpose(1, 2).to(like.dtype)
-    flat = by_row.reshape(-1, h, d)
-    return flat if group.places is None else flat.index_select(0, group.places)
+def _put(x: Tensor, group: Group, out: Tensor) -> None:
+    """Write x [count * h, longest, d] as the group's rows of out [T, h, d]."""
+    h, d = out.shape[1:]
+    rows = out[group.start : group.end]
+    by_row = x.view(group.count, h, group.longest, d).transpose(1, 2)
+    if group.places is None:
+        rows.view(by_row.shape).copy_(by_row)
+    else:
+        torch.index_select(by_row.to(out.dtype).reshape(-1, h, d), 0, group.places, out=rows)
 
 
 def _bias(group: Group, heads: int, causal: bool) -> Tensor:

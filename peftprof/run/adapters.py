@@ -23,7 +23,15 @@ from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
 from peftprof.records import Trainable
 from peftprof.run import crossovers
 from peftprof.run.model import DTYPES, Family, unpacked_size
-from peftprof_kernels import NF4Weight, dequantize, lora_linear, nf4_linear
+from peftprof_kernels import NF4Weight, dequantize, lora_linear_group, nf4_linear
+
+# Linears of one module that read one input, as the families name them.
+SHARE_INPUT = (
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)
 
 
 def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.nn.Module:
@@ -149,47 +157,76 @@ def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
     """Give every adapted and every NF4 linear of `model` our forward, in place."""
-    import bitsandbytes as bnb
-    from peft.tuners.lora.layer import Linear as LoraLinear
-    from peft.tuners.lora.layer import LoraLayer
-
-    inside = set()
-    for layer in model.modules():
-        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
-        if base is None or not _is_linear(base):
-            continue
-        if not isinstance(layer, LoraLinear) and not isinstance(base, bnb.nn.Linear4bit):
-            continue
-        inside.add(base)
-        layer.forward = types.MethodType(_adapted_forward(layer.forward, base, config), layer)
+    inside: set[Any] = set()
+    for parent in model.modules():
+        adapted = {name: m for name, m in parent.named_children() if _is_adapted(m)}
+        inside.update(m.get_base_layer() for m in adapted.values())
+        for names in SHARE_INPUT:
+            if len(together := [adapted.pop(name) for name in names if name in adapted]):
+                _Siblings(together, config)
+        for layer in adapted.values():
+            _Siblings([layer], config)
     for module in linear_4bit(model):
         if module not in inside:
             module.forward = types.MethodType(_nf4_forward(module, config), module)
 
 
-def _adapted_forward(stock: Any, base: Any, config: RunConfig) -> Any:
-    frozen = nf4_weight(base) if hasattr(base, "compute_dtype") else None
-    compute_dtype = DTYPES[config.precision]
+def _is_adapted(layer: Any) -> bool:
+    import bitsandbytes as bnb
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.lora.layer import LoraLayer
 
-    def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        names = layer.active_adapters
-        if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1:
-            return stock(x, *args, **kwargs)  # type: ignore[no-any-return]
-        name = names[0]
-        return lora_linear(
+    if not isinstance(layer, LoraLayer) or not _is_linear(base := layer.get_base_layer()):
+        return False
+    return isinstance(layer, LoraLinear) or isinstance(base, bnb.nn.Linear4bit)
+
+
+class _Siblings:
+    """Adapted linears that are given one x, one after the other: computed as a group.
+
+    The first that is called with an x computes them all, and the others find theirs ready.
+    """
+
+    def __init__(self, layers: list[Any], config: RunConfig) -> None:
+        self.layers = layers
+        self.stock = [layer.forward for layer in layers]
+        self.config = config
+        bases = [layer.get_base_layer() for layer in layers]
+        self.bases = bases
+        self.frozen = [nf4_weight(b) if hasattr(b, "compute_dtype") else None for b in bases]
+        self.x: torch.Tensor | None = None
+        self.ready: dict[int, torch.Tensor] = {}
+        for index, layer in enumerate(layers):
+            layer.forward = types.MethodType(self._forward(index), layer)
+
+    def _forward(self, index: int) -> Any:
+        def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            names = layer.active_adapters
+            if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1:
+                return self.stock[index](x, *args, **kwargs)  # type: ignore[no-any-return]
+            if x is not self.x or index not in self.ready:
+                self.x, self.ready = x, dict(enumerate(self._compute(x, names[0])))
+            y = self.ready.pop(index)
+            if not self.ready:
+                self.x = None
+            return y
+
+        return forward
+
+    def _compute(self, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+        pairs = zip(self.bases, self.frozen, strict=True)
+        return lora_linear_group(
             x,
-            base.weight if frozen is None else frozen,
-            base.bias,
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            layer.scaling[name],
-            p=config.dropout,
-            training=layer.training,
-            compute_dtype=compute_dtype,
-            backend=config.kernels,
+            [base.weight if frozen is None else frozen for base, frozen in pairs],
+            [base.bias for base in self.bases],
+            [layer.lora_A[name].weight for layer in self.layers],
+            [layer.lora_B[name].weight for layer in self.layers],
+            [layer.scaling[name] for layer in self.layers],
+            p=self.config.dropout,
+            training=self.layers[0].training,
+            compute_dtype=DTYPES[self.config.precision],
+            backend=self.config.kernels,
         )
-
-    return forward
 
 
 def _nf4_forward(module: Any, config: RunConfig) -> Any:

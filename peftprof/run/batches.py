@@ -84,7 +84,8 @@ class Batches:
     Raises InputError when `max_length` leaves no room for text.
 
     `tokenizer` is a transformers tokenizer; `names` are the model's input names;
-    `first_position` is the number of a sequence's first position.
+    `first_position` is the number of a sequence's first position; packed tokens are rounded
+    up to a `multiple` by tokens that belong to no sequence.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Batches:
         seed: int,
         padding: str = "pad",
         first_position: int = 0,
+        multiple: int = 1,
     ) -> None:
         pair = len(examples.texts[0]) > 1
         special = tokenizer.num_special_tokens_to_add(pair=pair)
@@ -128,6 +130,7 @@ class Batches:
         self.seed = seed
         self.padding = padding
         self.first_position = first_position
+        self.multiple = multiple
         self._epoch: tuple[int, list[int]] | None = None
 
     @property
@@ -193,13 +196,21 @@ class Batches:
         return Part(inputs, self._labels(indices))
 
     def _packed(self, indices: Sequence[int], lengths: Sequence[int]) -> Part:
-        inputs = {
-            name: torch.cat([rows[i] for i in indices])[None] for name, rows in self.columns.items()
-        }
         sizes = torch.tensor(lengths)
         ends = sizes.cumsum(0)
+        total = int(ends[-1])
+        rest = -total % self.multiple
+        inputs = {
+            name: torch.cat(
+                [*(rows[i] for i in indices), torch.full((rest,), self.fill.get(name, 0))]
+            )[None]
+            for name, rows in self.columns.items()
+        }
         begins = (ends - sizes).repeat_interleave(sizes)
-        inputs["position_ids"] = (torch.arange(len(begins)) - begins + self.first_position)[None]
+        places = torch.arange(total + rest)
+        places[:total] -= begins
+        places[total:] = 0
+        inputs["position_ids"] = (places + self.first_position)[None]
         segments = Segments(grouped(lengths), ends - sizes, ends - 1)
         return Part(inputs, self._labels(indices), segments)
 

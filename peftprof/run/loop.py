@@ -34,7 +34,7 @@ class Trainee:
 
     config: RunConfig
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     train: Batches
     validation: Batches
@@ -99,8 +99,8 @@ class Trainee:
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
             # The fused optimizer divides each gradient by this in passing, where
             # clip_grad_norm_ reads and writes all of them once more.
-            self.optimizer.grad_scale = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
-            self.optimizer.found_inf = norm.new_zeros(())
+            factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
+            vars(self.optimizer).update(grad_scale=factor, found_inf=norm.new_zeros(()))
         self.optimizer.step()
 
     def rate(self, number: int) -> float:

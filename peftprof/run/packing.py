@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 
+from peftprof.config import RunConfig
 from peftprof.run.batches import Part
 from peftprof.run.model import Family
 from peftprof_kernels import packed_attention
 
 ATTENTION = "peftprof_packed"
+
+# Packed tokens are rounded up to this where each new number of tokens costs: on a CPU in
+# reduced precision, oneDNN writes code for every new shape of a product, 5 to 10 ms for one
+# that then takes 1.5 ms (2 cores, AMD EPYC, torch 2.13; docs/speed.md).
+BUCKET = 64
 
 
 def supported(model_config: Any, family: Family, longest: int) -> bool:
@@ -36,6 +42,11 @@ def supported(model_config: Any, family: Family, longest: int) -> bool:
 def first_position(model_config: Any) -> int:
     """The number of a sequence's first position: RoBERTa's come after the padding's."""
     return model_config.pad_token_id + 1 if model_config.model_type == "roberta" else 0
+
+
+def multiple(config: RunConfig) -> int:
+    """What packed tokens are rounded up to under `config`."""
+    return BUCKET if config.device == "cpu" and config.precision != "fp32" else 1
 
 
 def prepare(classifier: Any, family: Family) -> None:

@@ -125,6 +125,7 @@ def prepare(config: RunConfig) -> Prepared:
             config.seed,
             config.padding,
             packing.first_position(source.config),
+            packing.multiple(config),
         )
 
     return Prepared(

@@ -99,10 +99,21 @@ def test_groups_weigh_padding_against_calls():
         grouped([0, 2])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_tokens_of_no_sequence_are_zero_and_learn_nothing(p):
+    inputs = [t.float().requires_grad_() for t in tensors([3, 5, 4], 2, 1)]
+    out = packed_attention(*inputs, grouped([3, 5]), 0.3, p)
+    assert not out[8:].any()
+    out.sum().backward()
+    for tensor in inputs:
+        assert not tensor.grad[8:].any()
+        assert tensor.grad[:8].any()
+
+
 def test_what_does_not_fit_is_refused():
     q, k, v = (t.float() for t in tensors([3, 5], 2, 1))
-    with pytest.raises(ValueError, match="cover the 8 tokens"):
-        packed_attention(q, k, v, grouped([3, 4]), 1.0)
+    with pytest.raises(ValueError, match="cover tokens"):
+        packed_attention(q, k, v, grouped([3, 6]), 1.0)
     with pytest.raises(ValueError, match="q must be"):
         packed_attention(q, k[:, :0], v[:, :0], grouped([3, 5]), 1.0)
 
