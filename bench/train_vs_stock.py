@@ -13,7 +13,8 @@ losses differ by them. A further pair per cell has every dropout off, the model'
 adapter's (`--no-equality` leaves it out): its losses can be compared step by step.
 
 Memory is the peak of the training steps: on CUDA the allocator's, else the resident peak,
-and beside it how far that is above what the process held just before its model was loaded.
+and beside it how far that is above what the process held just before its model was loaded:
+the resident peak has Python and the libraries in it, stock's Trainer too.
 MFU is model FLOPs on real tokens (`bench.train_vs_stock_flops`) a second, over a large GEMM
 in the cell's precision, measured here before and after all runs, the faster of the two.
 Results go to bench/results/<device>/train_vs_stock.jsonl and .svg, written at the end.

@@ -241,15 +241,17 @@ def nf4_linear(
     bias: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str = "torch",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """X W^T + bias, [..., K] -> [..., N], in x's dtype as bitsandbytes' Linear4bit.
 
-    The product is made in ``compute_dtype`` (x's dtype if None). Nothing is saved for
+    ``out_dtype`` asks for another, such as the compute dtype, that of a dense layer under
+    autocast. The product is made in ``compute_dtype`` (x's dtype if None). Nothing is saved for
     backward but the packed weight, which is unpacked again. Raises as ``lora_linear``.
     """
     _check_input(x, weight, bias)
     dtype = compute_dtype or x.dtype
-    plan = _Plan(dtype, x.dtype, get_backend(backend, x, dtype), (weight,))
+    plan = _Plan(dtype, out_dtype or x.dtype, get_backend(backend, x, dtype), (weight,))
     return _NF4Linear.apply(x, bias, plan)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -297,12 +299,13 @@ def lora_linear_group(
     training: bool = False,
     compute_dtype: torch.dtype | None = None,
     backend: str = "torch",
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """Several LoRA linears of one x, such as q, k and v: ``lora_linear`` of each.
 
     x, its dropout mask and dX are passed over once for all adapters. So one mask serves
     them all, where layers apart draw one each: the same expectation, other numbers.
-    Bases are all dense or all NF4.
+    Bases are all dense or all NF4. ``out_dtype`` is the results', None as in ``lora_linear``.
     """
     if not bases or len({len(seq) for seq in (bases, biases, As, Bs, scalings)}) != 1:
         raise ValueError("bases, biases, As, Bs and scalings must be equally many, one or more")
@@ -319,7 +322,7 @@ def lora_linear_group(
     p = rounded(p) if training else 0.0
     plan = _Plan(
         compute_dtype=compute_dtype,
-        out_dtype=compute_dtype if nf4[0] is None else x.dtype,
+        out_dtype=out_dtype or (compute_dtype if nf4[0] is None else x.dtype),
         backend=who,
         nf4=nf4,
         alphas=tuple(scaling / (1.0 - p) if p < 1.0 else 0.0 for scaling in scalings),

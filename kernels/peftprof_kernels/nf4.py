@@ -5,6 +5,7 @@ the same code runs on a CPU and on a GPU.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -166,6 +167,23 @@ def block_scales(weight: NF4Weight) -> Tensor:
     return scales.add_(weight.offset.reshape(()))
 
 
+Native = Callable[["NF4Weight", Tensor, torch.dtype], Tensor]
+_native: Native | None = None
+
+
+def set_native_dequantize(native: Native | None) -> Native | None:
+    """Let ``native(weight, scales [blocks], dtype)`` dequantise on CPUs; None: no other code.
+
+    Compiled code does in one pass what library operations do in several. It is asked where
+    each row of the weight is whole blocks; whoever sets it has seen that its numbers are
+    those of ``dequantize_torch``. Returns what was set before.
+    """
+    global _native
+    before = _native
+    _native = native
+    return before
+
+
 def dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``: fp32 code times fp32 scale, rounded once.
 
@@ -175,6 +193,8 @@ def dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     numel, device, blocksize = weight.numel, weight.device, weight.blocksize
     scales = block_scales(weight)  # [blocks]
+    if _native is not None and device.type == "cpu" and weight.shape[1] % blocksize == 0:
+        return _native(weight, scales, dtype)
     out = torch.empty(numel, dtype=dtype, device=device)
 
     n_bytes = (numel + 1) // 2

@@ -23,7 +23,14 @@ from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
 from peftprof.records import Trainable
 from peftprof.run import crossovers
 from peftprof.run.model import DTYPES, Family, unpacked_size
-from peftprof_kernels import NF4Weight, dequantize, lora_linear_group, nf4_linear
+from peftprof_kernels import (
+    NF4Weight,
+    block_scales,
+    dequantize,
+    lora_linear_group,
+    nf4_linear,
+    set_native_dequantize,
+)
 
 # Linears of one module that read one input, as the families name them.
 SHARE_INPUT = (
@@ -157,6 +164,8 @@ def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
     """Give every adapted and every NF4 linear of `model` our forward, in place."""
+    if config.device == "cpu" and config.method == "qlora":
+        _use_native_dequantise(model)
     inside: set[Any] = set()
     for parent in model.modules():
         adapted = {name: m for name, m in parent.named_children() if _is_adapted(m)}
@@ -181,6 +190,42 @@ def _is_adapted(layer: Any) -> bool:
     return isinstance(layer, LoraLinear) or isinstance(base, bnb.nn.Linear4bit)
 
 
+def _use_native_dequantise(model: torch.nn.Module) -> None:
+    """Have bitsandbytes' compiled code dequantise on this CPU if it is right for `model`."""
+    set_native_dequantize(None)
+    shapes: dict[tuple[int, ...], Any] = {}
+    for module in linear_4bit(model):
+        shapes.setdefault(tuple(module.weight.quant_state.shape), module)
+    for shape, module in shapes.items():
+        weight = nf4_weight(module)
+        if shape[1] % weight.blocksize:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            ours = dequantize(weight, dtype)
+            if not torch.equal(ours, _native_dequantise(weight, block_scales(weight), dtype)):
+                return
+    set_native_dequantize(_native_dequantise)
+
+
+def _native_dequantise(weight: NF4Weight, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.packed, scales, weight.blocksize, "nf4", list(weight.shape), dtype
+    )
+    return dense
+
+
+def _unnested(weight: NF4Weight) -> NF4Weight:
+    """The same weight with its block scales as fp32 numbers: 1/16 byte a weight, and no
+    arithmetic on statistics whenever it is dequantised."""
+    scales = block_scales(weight)
+    return NF4Weight(weight.packed, weight.shape, weight.blocksize, scales, weight.code)
+
+
+def _frozen(module: Any, config: RunConfig) -> NF4Weight:
+    weight = nf4_weight(module)
+    return _unnested(weight) if config.device == "cpu" else weight
+
+
 class _Siblings:
     """Adapted linears that are given one x, one after the other: computed as a group.
 
@@ -189,11 +234,12 @@ class _Siblings:
 
     def __init__(self, layers: list[Any], config: RunConfig) -> None:
         self.layers = layers
-        self.stock = [layer.forward for layer in layers]
+        self.stock: list[Any] = [layer.forward for layer in layers]
         self.config = config
-        bases = [layer.get_base_layer() for layer in layers]
-        self.bases = bases
-        self.frozen = [nf4_weight(b) if hasattr(b, "compute_dtype") else None for b in bases]
+        self.bases: list[Any] = [layer.get_base_layer() for layer in layers]
+        self.frozen = [
+            _frozen(base, config) if hasattr(base, "compute_dtype") else None for base in self.bases
+        ]
         self.x: torch.Tensor | None = None
         self.ready: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(layers):
@@ -203,7 +249,8 @@ class _Siblings:
         def forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             names = layer.active_adapters
             if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1:
-                return self.stock[index](x, *args, **kwargs)  # type: ignore[no-any-return]
+                stock: torch.Tensor = self.stock[index](x, *args, **kwargs)
+                return stock
             if x is not self.x or index not in self.ready:
                 self.x, self.ready = x, dict(enumerate(self._compute(x, names[0])))
             y = self.ready.pop(index)
@@ -226,14 +273,18 @@ class _Siblings:
             training=self.layers[0].training,
             compute_dtype=DTYPES[self.config.precision],
             backend=self.config.kernels,
+            out_dtype=DTYPES[self.config.precision],
         )
 
 
 def _nf4_forward(module: Any, config: RunConfig) -> Any:
-    weight = nf4_weight(module)
+    weight = _frozen(module, config)
+    dtype = DTYPES[config.precision]
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        return nf4_linear(x, weight, layer.bias, layer.compute_dtype, config.kernels)
+        # In the dtype of a dense layer under autocast, so that both methods go on alike;
+        # bitsandbytes casts back to x's.
+        return nf4_linear(x, weight, layer.bias, dtype, config.kernels, dtype)
 
     return forward
 
