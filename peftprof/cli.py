@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from peftprof.config import KERNELS, METHODS, PRECISIONS, PROFILERS
+from peftprof.config import KERNELS, METHODS, PADDINGS, PRECISIONS, PROFILERS
 from peftprof.errors import ConfigError, LimitError, PeftprofError, TraceError
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens an example is cut to.")] = None,
     precision: Annotated[str | None, typer.Option(help=_one_of(PRECISIONS))] = None,
+    padding: Annotated[str | None, typer.Option(help=_one_of(PADDINGS))] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, head and dropout.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     profiler: Annotated[str | None, typer.Option(help=_one_of(PROFILERS))] = None,
@@ -87,6 +88,7 @@ def train(
         "batch_size": batch_size,
         "max_length": max_length,
         "precision": precision,
+        "padding": padding,
         "seed": seed,
         "device": device,
         "profiler": profiler,

@@ -158,6 +158,25 @@ class MemoryStep:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How the steps were computed, where there was a choice; `config` has the rest.
+
+    `padding` is packed, split or pad; packed tokens were rounded up to a multiple of
+    `token_multiple`. `frozen_dtype` is what frozen dense weights are stored in, None where
+    none is. `native_dequantise` says whether compiled code of bitsandbytes dequantised on
+    the CPU. `tf32` is what torch was told of fp32 products on a GPU.
+    """
+
+    padding: str
+    token_multiple: int
+    optimizer: str
+    frozen_dtype: str | None
+    native_dequantise: bool
+    tf32: bool
+    threads: int
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything needed to understand a run years later: the content of `run.json`."""
 
@@ -173,6 +192,7 @@ class RunRecord:
     target_modules: tuple[str, ...] = ()
     head_modules: tuple[str, ...] = ()
     trainable: Trainable | None = None
+    execution: Execution | None = None
     base_sha256: str | None = None  # frozen weights, the same before and after; None: none is
     timed: Timed | None = None
     accuracy: Accuracy | None = None

@@ -3,7 +3,7 @@
 from peftprof_kernels.backends import dequantize
 from peftprof_kernels.dropout import draw_seed, dropout, dropout_mask
 from peftprof_kernels.lora_linear import lora_linear, lora_linear_group, nf4_linear
-from peftprof_kernels.nf4 import NF4Weight, block_scales, set_native_dequantize
+from peftprof_kernels.nf4 import NF4Weight, block_scales, native_dequantize, set_native_dequantize
 from peftprof_kernels.packed_attention import Group, grouped, packed_attention
 from peftprof_kernels.spans import Listener, set_listener, span
 
@@ -19,6 +19,7 @@ __all__ = [
     "grouped",
     "lora_linear",
     "lora_linear_group",
+    "native_dequantize",
     "nf4_linear",
     "packed_attention",
     "set_listener",

@@ -184,6 +184,11 @@ def set_native_dequantize(native: Native | None) -> Native | None:
     return before
 
 
+def native_dequantize() -> Native | None:
+    """What ``set_native_dequantize`` set."""
+    return _native
+
+
 def dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``: fp32 code times fp32 scale, rounded once.
 

@@ -74,8 +74,14 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
     triton = record.environment.get("kernels", {}).get("triton", {})
     if config["kernels"] == "triton" and triton.get("interpreted"):
         kernels += " (interpreted: right numbers, times without meaning)"
+    padding = {"packed": ", no padding", "split": ", split by length"}.get(
+        config.get("padding"), ""
+    )
     rows.append(
-        ("how", f"{config['precision']} on {config['device']}{kernels}, seed {config['seed']}")
+        (
+            "how",
+            f"{config['precision']} on {config['device']}{kernels}{padding}, seed {config['seed']}",
+        )
     )
     return rows
 

@@ -168,8 +168,10 @@ def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
         _use_native_dequantise(model)
     inside: set[Any] = set()
     for parent in model.modules():
-        adapted = {name: m for name, m in parent.named_children() if _is_adapted(m)}
-        inside.update(m.get_base_layer() for m in adapted.values())
+        adapted: dict[str, Any] = {
+            name: layer for name, layer in parent.named_children() if _is_adapted(layer)
+        }
+        inside.update(layer.get_base_layer() for layer in adapted.values())
         for names in SHARE_INPUT:
             if len(together := [adapted.pop(name) for name in names if name in adapted]):
                 _Siblings(together, config)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peftprof.errors import InputError
 from peftprof.run.tables import Examples
+from peftprof.run.tokens import tokenise
 from peftprof_kernels import Group, grouped
 
 # What one more part of a split batch costs, in the units of `grouped`; see docs/speed.md.
@@ -107,25 +108,10 @@ class Batches:
                 f"--max-length {max_length} leaves no room for text beside the {special} special "
                 "tokens of the tokenizer; make it larger"
             )
-        encoded = tokenizer(
-            *([list(column) for column in zip(*examples.texts, strict=True)]),
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-            return_token_type_ids="token_type_ids" in names,
-        )
-        # Some tokenizers add no token of their own; padding then stands for the empty text.
-        empty = [i for i, ids in enumerate(encoded["input_ids"]) if not ids]
-        for i in empty:
-            encoded["input_ids"][i] = [tokenizer.pad_token_id]
-        self.columns = {
-            name: [torch.tensor(row, dtype=torch.long) for row in encoded[name]]
-            for name in encoded
-            if name in names
-        }
+        self.columns = tokenise(examples, tokenizer, names, max_length)
         self.fill = {"input_ids": tokenizer.pad_token_id}
         self.labels = examples.labels
-        self.lengths = [len(ids) for ids in encoded["input_ids"]]
+        self.lengths = [len(ids) for ids in self.columns["input_ids"]]
         self.batch_size = batch_size
         self.seed = seed
         self.padding = padding

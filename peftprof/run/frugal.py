@@ -5,8 +5,10 @@ import types
 import torch
 
 from peftprof.config import RunConfig
+from peftprof.records import Execution
+from peftprof.run import packing
 from peftprof.run.model import DTYPES
-from peftprof_kernels import dropout
+from peftprof_kernels import dropout, native_dequantize
 
 
 def prepare(model: torch.nn.Module, config: RunConfig) -> None:
@@ -22,6 +24,27 @@ def prepare(model: torch.nn.Module, config: RunConfig) -> None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout) and module.p:
                 module.forward = types.MethodType(_dropout, module)  # type: ignore[method-assign]
+
+
+def describe(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Execution:
+    """What is recorded of how `model` computes."""
+    fused = " fused" if optimizer.defaults.get("fused") else ""
+    frozen = {
+        str(module.weight.dtype).removeprefix("torch.")
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad
+    }
+    return Execution(
+        padding=config.padding,
+        token_multiple=packing.multiple(config) if config.padding == "packed" else 1,
+        optimizer=type(optimizer).__name__ + fused,
+        frozen_dtype=", ".join(sorted(frozen)) or None,
+        native_dequantise=native_dequantize() is not None and config.method == "qlora",
+        tf32=torch.get_float32_matmul_precision() != "highest",
+        threads=torch.get_num_threads(),
+    )
 
 
 def _round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:

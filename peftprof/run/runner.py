@@ -186,7 +186,8 @@ def resume(path: Path, watcher: Watcher) -> RunFolder:
         record = folder.read_record()
         if record.state == "complete":
             raise FolderError(f"{path} is complete; there is nothing to resume")
-        config = RunConfig.from_json(record.config)
+        # A run of before there was a choice was padded.
+        config = RunConfig.from_json({"padding": "pad"} | record.config)
         if resolve(config) != config:
             raise FolderError(f"the settings of {path} are not those of a run; start a new one")
         _check_versions(record)
@@ -274,6 +275,7 @@ def _timed_pass(
         data=prepared.loaded.info,
         target_modules=() if full else prepared.family.targets,
         head_modules=prepared.family.head,
+        execution=frugal.describe(trainee.model, trainee.optimizer, prepared.config),
         base_sha256=before,
     )
     folder.write_record(record)
