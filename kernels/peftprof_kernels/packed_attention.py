@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from peftprof_kernels.dropout import draw_mask, draw_seed, keep_scale, rounded
+from peftprof_kernels.spans import ATTENTION, span
 
 # What one more group costs, in rows x columns of scores: the calls that it takes against
 # the padding that it saves. See docs/speed.md.
@@ -115,6 +116,13 @@ def packed_attention(
     Raises ValueError for shapes that do not fit each other or the groups.
     """
     _check(q, k, v, groups)
+    with span(ATTENTION):
+        return _attend(q, k, v, groups, scale, p, causal)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float, p: float, causal: bool
+) -> Tensor:
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if q.device.type == "cpu" and rounded(p):
@@ -208,7 +216,7 @@ class _DroppedAttention(torch.autograd.Function):
             if grad is not None:
                 grad[ctx.groups[-1].end :] = 0
         dq, dk, dv = grads
-        with torch.autocast(dout.device.type, enabled=False):
+        with span(ATTENTION), torch.autocast(dout.device.type, enabled=False):
             for i, group in enumerate(ctx.groups):
                 Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
                 dO = _heads(dout, group).mul_(ctx.keep)

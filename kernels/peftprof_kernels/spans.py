@@ -15,6 +15,7 @@ import torch
 
 Listener = Callable[[str], AbstractContextManager[object]]
 
+ATTENTION: Final = "op:attention"
 DEQUANT: Final = "op:dequant"
 BASE_GEMM: Final = "op:base_gemm"
 LORA_A: Final = "op:lora_A"

@@ -75,7 +75,7 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
     if config["kernels"] == "triton" and triton.get("interpreted"):
         kernels += " (interpreted: right numbers, times without meaning)"
     padding = {"packed": ", no padding", "split": ", split by length"}.get(
-        config.get("padding"), ""
+        str(config.get("padding")), ""
     )
     rows.append(
         (

@@ -1,6 +1,7 @@
 """The same modules, less work: what a model does more often than its mathematics asks for."""
 
 import types
+from collections.abc import Iterator
 
 import torch
 
@@ -31,11 +32,7 @@ def describe(
 ) -> Execution:
     """What is recorded of how `model` computes."""
     fused = " fused" if optimizer.defaults.get("fused") else ""
-    frozen = {
-        str(module.weight.dtype).removeprefix("torch.")
-        for module in model.modules()
-        if type(module) is torch.nn.Linear and not module.weight.requires_grad
-    }
+    frozen = {str(linear.weight.dtype).removeprefix("torch.") for linear in _frozen(model)}
     return Execution(
         padding=config.padding,
         token_multiple=packing.multiple(config) if config.padding == "packed" else 1,
@@ -47,12 +44,19 @@ def describe(
     )
 
 
+def _frozen(model: torch.nn.Module) -> Iterator[torch.nn.Linear]:
+    """Dense linears that are frozen, but for PEFT's copy of the head as it was."""
+    for name, module in model.named_modules():
+        dense = type(module) is torch.nn.Linear and not module.weight.requires_grad
+        if dense and "original_module" not in name.split("."):
+            yield module
+
+
 def _round_frozen(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.to(dtype)
-            if module.bias is not None and not module.bias.requires_grad:
-                module.bias.data = module.bias.data.to(dtype)
+    for linear in _frozen(model):
+        for parameter in linear.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _dropout(module: torch.nn.Dropout, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""A DistilBERT classifier of any size with random weights, to measure sizes no package has.
+
+    python -m bench.random_model /tmp/distilbert-768 --hidden 768 --layers 6
+
+Speed does not depend on the weights' values. The vocabulary is the embedded model's, so the
+folder works as --model of `train` and of `bench.train_vs_stock`; its accuracy means nothing.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from peftprof.run.source import load_tokenizer, locate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=6)
+    given = parser.parse_args()
+    source = locate("minilm")
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(
+        vocab_size=source.vocabulary,
+        dim=given.hidden,
+        hidden_dim=4 * given.hidden,
+        n_heads=given.hidden // 64,
+        n_layers=given.layers,
+    )
+    given.folder.mkdir(parents=True)
+    try:
+        model = transformers.DistilBertForSequenceClassification(config)
+        model.save_pretrained(given.folder)
+        load_tokenizer(source).save_pretrained(given.folder)
+    except BaseException:
+        shutil.rmtree(given.folder)
+        raise
+
+
+if __name__ == "__main__":
+    main()
