@@ -102,6 +102,7 @@ class Trainee:
             factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
             vars(self.optimizer).update(grad_scale=factor, found_inf=norm.new_zeros(()))
         self.optimizer.step()
+        vars(self.optimizer).update(grad_scale=None, found_inf=None)  # of this step alone
 
     def rate(self, number: int) -> float:
         """Learning rate of step `number`: linear warm-up from 0, then linear to 0."""

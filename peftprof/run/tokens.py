@@ -7,6 +7,7 @@ numbers in safetensors; one that is damaged is made again.
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -71,7 +72,10 @@ def _path(examples: Examples, tokenizer: Any, names: Sequence[str], max_length: 
         return None
     digest = hashlib.sha256(f"1 {tokenizers.__version__} {max_length} {sorted(names)}".encode())
     digest.update(f"{tokenizer.pad_token_id} {tokenizer.truncation_side} ".encode())
-    digest.update(backend.to_str().encode())
+    serialised = json.loads(backend.to_str())
+    # What the last call asked for, not what the tokenizer is.
+    serialised["truncation"] = serialised["padding"] = None
+    digest.update(json.dumps(serialised, sort_keys=True).encode())
     for texts in examples.texts:
         for text in texts:
             raw = text.encode("utf-8", "surrogatepass")
