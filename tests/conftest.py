@@ -13,7 +13,8 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from peftprof.config import RunConfig, make_config
-from peftprof.run import embedded, runner
+from peftprof.run import embedded, runner, tokens
+from peftprof_kernels import set_native_dequantize
 
 FAMILIES = ("bert", "distilbert", "roberta", "modernbert", "llama", "qwen2", "qwen3", "mistral")
 DECODERS = ("llama", "qwen2", "qwen3", "mistral")
@@ -44,6 +45,22 @@ def tiny_config(family: str, hidden: int):
             "eos_token_id": 102,
         }
     return AutoConfig.for_model(family, **sizes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokens_of_tests(tmp_path_factory):
+    """Token files of tests go where tests' files go: the user's cache holds a few only."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tokens, "cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _our_dequantise():
+    """A QLoRA run sets compiled code for the process; the next test starts without it."""
+    yield
+    set_native_dequantize(None)
 
 
 @pytest.fixture(scope="session")

@@ -65,3 +65,7 @@ LOSS_CURVE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 # Logits of a whole model in fp32 by two backends: two layers of FP32_REORDERED, and
 # bitsandbytes' dequantised weights, which may differ from ours in the last place.
 LOGITS_FP32 = 1e-4
+
+# Logits of a whole model in fp32, packed against padded: the same weights and the same
+# functions. Only shapes differ, so only the order of sums.
+PACKED_FP32 = 2 * FP32_REORDERED

@@ -39,9 +39,12 @@ def supported(model_config: Any, family: Family, longest: int) -> bool:
     )
 
 
-def first_position(model_config: Any) -> int:
-    """The number of a sequence's first position: RoBERTa's come after the padding's."""
-    return model_config.pad_token_id + 1 if model_config.model_type == "roberta" else 0
+def first_position(family: str, pad_token_id: int) -> int:
+    """The number of a sequence's first position: RoBERTa's come after the padding's.
+
+    `pad_token_id` is the tokenizer's, which is the one that the model is loaded with.
+    """
+    return pad_token_id + 1 if family == "roberta" else 0
 
 
 def multiple(config: RunConfig) -> int:

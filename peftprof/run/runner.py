@@ -124,7 +124,7 @@ def prepare(config: RunConfig) -> Prepared:
             config.batch_size,
             config.seed,
             config.padding,
-            packing.first_position(source.config),
+            packing.first_position(source.family, tokenizer.pad_token_id),
             packing.multiple(config),
         )
 

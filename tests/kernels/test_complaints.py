@@ -11,7 +11,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from peftprof.run import adapters, runner
+from peftprof.run import adapters, packing, runner
 from peftprof.run.loop import Trainee
 from peftprof_kernels import NF4Weight, block_scales, dequantize, lora_linear
 from peftprof_kernels.reference import (
@@ -94,10 +94,13 @@ def errors(
 def trainee(small_run) -> Callable[..., Trainee]:
     """`trainee(kernels, family="bert")`: a QLoRA model and all that trains it, at step 0."""
 
-    def build(kernels: str, family: str = "bert", dropout: float = 0.1) -> Trainee:
+    def build(
+        kernels: str, family: str = "bert", dropout: float = 0.1, padding: str = "auto"
+    ) -> Trainee:
         config = small_run(
             "qlora",
             family,
+            padding=padding,
             kernels=kernels,
             dropout=dropout,
             warmup_ratio=0.0,
@@ -138,10 +141,11 @@ def test_dropout_leaves_a_peft_model_on_the_fast_path(backend: str, trainee) -> 
     with heard() as names:
         built.step(0)
     adapted = sum("lora_A" in name for name, _ in adapters.trainable(built.model))
-    assert names.count("op:lora_A") == names.count("op:lora_B") == adapted > 0
+    # Query and value of a layer go together: one range for both.
+    assert names.count("op:lora_A") == names.count("op:lora_B") == adapted / 2 > 0
     with heard() as names:  # the control: stock layers open none
         stock.step(0)
-    assert names == []
+    assert not any("lora" in name for name in names)
 
 
 # --- "It only takes nested (double) quantisation", or only the other.
@@ -184,12 +188,17 @@ def test_a_peft_model_with_dropout_compiles_into_one_graph(
     family: str, backend: str, trainee
 ) -> None:
     torch._dynamo.reset()
-    built = trainee(backend, family)
-    inputs = built.train.at(0).to(built.device).inputs
+    built = trainee(backend, family, padding="pad")
+    # A run's CPU dropout draws with numpy, which no graph holds. The complaint is about the
+    # linear layers, so the model's other dropout is torch's own here, masks and all.
+    for module in built.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            vars(module).pop("forward", None)
+    (part,) = built.train.at(0).to(built.device).parts
 
     def step(model: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(6)
-        logits = model(**inputs).logits
+        logits = model(**part.inputs).logits
         logits.square().sum().backward()
         found = gradients(built)
         built.model.zero_grad(set_to_none=True)
@@ -255,7 +264,8 @@ def test_evaluating_first_changes_no_gradient(family: str, backend: str, trainee
     evaluated = trainee(backend, family)
     evaluated.evaluate()
     with torch.no_grad():
-        evaluated.model.eval()(**evaluated.train.at(0).to(evaluated.device).inputs)
+        (part,) = evaluated.train.at(0).to(evaluated.device).parts
+        packing.logits(evaluated.model.eval(), part)
     evaluated.model.train()
     torch.manual_seed(5)
     again, _ = evaluated.step(0)

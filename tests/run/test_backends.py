@@ -1,5 +1,7 @@
 """Backends are interchangeable: the same training, and adapters that stock PEFT loads."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -83,7 +85,9 @@ def test_stock_peft_loads_what_was_saved(method, family, kernels, train):
     for module in adapters.linear_4bit(base):
         module.support_avx512bf16_for_cpu = False  # would re-quantise the weight: kernels.md
     stock = PeftModel.from_pretrained(base, folder.path / "adapter").eval()
-    inputs = trainee.validation.at(0).to(trainee.device).inputs
+    # What stock PEFT can be given: a padded batch, which a model that packs takes too.
+    padded = runner.prepare(dataclasses.replace(config, padding="pad")).validation.at(0)
+    inputs = padded.to(trainee.device).parts[0].inputs
     with torch.no_grad():
         expected = trainee.model.eval()(**inputs).logits
         assert relative_error(stock(**inputs).logits, expected) < LOGITS_FP32

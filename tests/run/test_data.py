@@ -111,37 +111,48 @@ def test_a_batch_larger_than_the_data(tmp_path):
     texts=st.lists(st.text(max_size=30), min_size=1, max_size=12),
     batch_size=st.integers(1, 5),
     seed=st.integers(0, 2**40),
+    padding=st.sampled_from(["pad", "split", "packed"]),
 )
-def test_batches_are_a_function_of_the_step(tokenizer, texts, batch_size, seed):
+def test_batches_are_a_function_of_the_step(tokenizer, texts, batch_size, seed, padding):
     examples = Examples([(t,) for t in texts], [i % 2 for i in range(len(texts))])
 
     def make():
-        return Batches(examples, tokenizer, NAMES, 16, batch_size, seed)
+        return Batches(examples, tokenizer, NAMES, 16, batch_size, seed, padding)
 
     batches, again = make(), make()
     steps = list(range(2 * batches.per_epoch))
     first = [batches.at(n) for n in steps]
     for n in reversed(steps):
         same = again.at(n)
-        for name, tensor in first[n].inputs.items():
-            assert torch.equal(tensor, same.inputs[name])
+        for part, twin in zip(first[n].parts, same.parts, strict=True):
+            assert torch.equal(part.labels, twin.labels)
+            for name, tensor in part.inputs.items():
+                assert torch.equal(tensor, twin.inputs[name])
     epoch = first[: batches.per_epoch]
-    assert sum(len(b.labels) for b in epoch) == len(texts)
+    assert sum(b.samples for b in epoch) == len(texts)
     assert sum(b.real_tokens for b in epoch) == sum(batches.lengths)
     for batch in first:
-        mask = batch.inputs["attention_mask"]
-        assert int(mask.sum()) == batch.real_tokens
-        assert mask.numel() == batch.padded_tokens == batch.inputs["input_ids"].numel()
-        assert bool((mask[:, :-1] >= mask[:, 1:]).all())  # padding is on the right only
-        padded = batch.inputs["input_ids"][mask == 0]
-        assert bool((padded == tokenizer.pad_token_id).all())
+        assert sum(len(part.labels) for part in batch.parts) == batch.samples
+        sizes = [part.inputs["input_ids"].numel() for part in batch.parts]
+        assert sum(sizes) == batch.padded_tokens
+        if padding == "packed":
+            assert batch.padded_tokens == batch.real_tokens
+            continue
+        masks = [part.inputs["attention_mask"] for part in batch.parts]
+        assert sum(int(mask.sum()) for mask in masks) == batch.real_tokens
+        for mask, part in zip(masks, batch.parts, strict=True):
+            assert mask.shape == part.inputs["input_ids"].shape
+            assert bool((mask[:, :-1] >= mask[:, 1:]).all())  # padding is on the right only
+            padded = part.inputs["input_ids"][mask == 0]
+            assert bool((padded == tokenizer.pad_token_id).all())
 
 
 def test_evaluation_sees_every_example_once(tokenizer):
     examples = Examples([(f"word {'very ' * (i % 7)}",) for i in range(23)], list(range(23)))
-    batches = Batches(examples, tokenizer, NAMES, 16, 4, 0)
-    seen = [int(label) for batch in batches.in_order(5) for label in batch.labels]
-    assert sorted(seen) == list(range(23))
+    for padding in ("pad", "split", "packed"):
+        batches = Batches(examples, tokenizer, NAMES, 16, 4, 0, padding)
+        parts = [part for batch in batches.in_order(5) for part in batch.parts]
+        assert sorted(int(label) for part in parts for label in part.labels) == list(range(23))
 
 
 def test_seeds_and_epochs_give_different_orders(tokenizer):
@@ -149,7 +160,7 @@ def test_seeds_and_epochs_give_different_orders(tokenizer):
 
     def order(seed, epoch):
         batches = Batches(examples, tokenizer, NAMES, 16, 64, seed)
-        return batches.at(epoch).labels.tolist()
+        return batches.at(epoch).parts[0].labels.tolist()
 
     orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
     assert all(sorted(o) == list(range(64)) for o in orders)

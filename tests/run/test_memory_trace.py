@@ -93,7 +93,13 @@ def test_every_part_is_what_the_tensors_take(run, model, method, tmp_path):
         assert split["optimizer_state"] == 2 * stored(trained) + FP32 * len(trained)
     assert at_the_end["gradients"] == stored(trained)
     assert found["activations"] > 0
-    assert (found["dequant_workspace"] > 0) == (method == "qlora")
+    # A dequantised weight of this small model is less than what attention works with at the
+    # peak; where it is not at the peak, the largest is told of.
+    notes = memory.peak(
+        kineto.read(run(method).path / "memory.json.gz"), run(method).read_record()
+    ).notes
+    told = any("dequantise workspace was largest at another moment" in note for note in notes)
+    assert (found["dequant_workspace"] > 0 or told) == (method == "qlora")
     assert at_the_end["dequant_workspace"] == 0
 
 
@@ -111,13 +117,17 @@ def test_quantisation_state_by_the_formula_of_nf4(run, model, method):
     assert parts(run(method))["quantisation_state"] == expected
 
 
-def test_full_fine_tuning_peaks_while_it_updates(run):
+def test_full_fine_tuning_peaks_when_every_gradient_is_there(run, tmp_path):
     folder = run("full")
     found = memory.peak(kineto.read(folder.path / "memory.json.gz"), folder.read_record())
-    assert (found.phase, found.device) == ("optimizer", "cpu")
+    assert (found.phase, found.device) == ("backward", "cpu")
     assert found.process_bytes == folder.read_record().memory.rss_bytes > found.peak_bytes
     assert found.allocated_bytes is found.reserved_bytes is None
     assert parts(folder)["gradients"] == parts(folder)["base_weights"]
+    # The update works in place: stock's for-each kind would hold one more copy of everything.
+    updating = in_the_optimizer(folder, tmp_path)
+    assert updating["other"] < updating["gradients"] / 100
+    assert sum(updating.values()) <= found.peak_bytes
 
 
 def test_without_the_inventory_what_was_held_is_not_known(run):
