@@ -5,23 +5,22 @@ one call. So shapes must be few (`static_batch`), inputs must lie at one place, 
 may come from the host: the learning rate is read on the device, random numbers are the CUDA
 generator's, which torch moves on at every replay as in the same step run eagerly.
 
-Warming up costs no step and changes no number. A shape's first steps are the caller's
-ordinary eager ones; one more is the function that will be captured, on the stream that will
-capture, so that libraries and kernels are loaded there; capturing executes nothing, and the
-first replay is the next real step. There is nothing to save and put back.
+Warming up changes no number: all steps are real. A shape's first are the caller's eager
+ones; one more is the function that will be captured, on the stream that will capture, so
+that kernels are loaded and work space is there; capturing executes nothing, and the first
+replay is the next real step. There is nothing to save and put back.
 
 All graphs share one pool of memory: what one leaves there holds until another is replayed.
-Gradients are written, clipped and used within one replay, and the loss is cloned right after
-it. Outside a replay no parameter has a gradient.
+So the loss is cloned at once, and outside a replay no parameter has a gradient.
 """
 
 import contextlib
 import copy
 import gc
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,16 +76,14 @@ def possible(config: RunConfig) -> str | None:
 
 def choose(eager_ns: Sequence[int], graphed_ns: Sequence[int]) -> bool:
     """Whether replayed steps were faster than eager ones, by their medians; not if unknown."""
-    known = bool(eager_ns and graphed_ns)
-    return known and statistics.median(graphed_ns) < statistics.median(eager_ns)
+    return bool(eager_ns and graphed_ns) and median(graphed_ns) < median(eager_ns)
 
 
 def static_group(segments: Segments, tokens: int) -> Group:
     """All sequences as one group over all `tokens`, with shapes that depend on `Shape` alone.
 
-    rows [B * L], places [tokens], absent [B, L]; L is the longest of B, rounded up. Tokens
-    after the last sequence belong to none: nobody looks at them, and they are given the
-    result of a place where no token is, so that no gradient comes or goes through them.
+    rows [B * L], places [tokens], absent [B, L]; L is the longest of B, rounded up. Tokens of
+    no sequence get the result of a place of no token: no gradient goes through them.
     """
     sizes = segments.last - segments.first + 1
     count, real = len(sizes), int(sizes.sum())
@@ -104,10 +101,7 @@ def static_group(segments: Segments, tokens: int) -> Group:
 
 
 def static_batch(batch: Batch, sequences: int) -> Batch:
-    """The same batch, on the CPU, in the form of `static_group` if it is packed and whole.
-
-    What cannot be, such as an epoch's last batch of fewer than `sequences`, stays as it is.
-    """
+    """`batch`, on the CPU, in the form of `static_group`; itself if not packed or not whole."""
     part = batch.parts[0]
     if part.segments is None or batch.samples != sequences:
         return batch
@@ -137,27 +131,22 @@ def _tensors(part: Part) -> list[torch.Tensor]:
     """int64 all of them, but for the last, bool."""
     assert part.segments is not None
     (group,) = part.segments.groups
-    tensors = [*part.inputs.values(), part.labels, part.segments.first, part.segments.last]
-    return [*tensors, *(t for t in (group.rows, group.places, group.absent) if t is not None)]
+    segments = (part.segments.first, part.segments.last, group.rows, group.places, group.absent)
+    return [*part.inputs.values(), part.labels, *(t for t in segments if t is not None)]
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> None:
     """Clip the gradients' norm to `limit` and step, without a look at either on the host."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The fused optimizer divides each gradient by this in passing, where
-    # clip_grad_norm_ reads and writes all of them once more.
+    # The fused optimizer divides by this in passing; clip_grad_norm_ is a pass of its own.
     factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
     vars(optimizer).update(grad_scale=factor, found_inf=norm.new_zeros(()))
     optimizer.step()
 
 
 def body(trainee: "Trainee", part: Part, samples: int) -> torch.Tensor:
-    """What is captured: one optimiser step on `part`; its loss [], with no autograd history.
-
-    No parameter may have a gradient before: then backward puts its own in place instead of
-    adding, and a replay writes it again.
-    """
+    """What is captured: one optimiser step, with no gradients before it; its loss []."""
     loss = trainee._learn(part, samples)
     clipped_step(trainee.optimizer, trainee.config.max_grad_norm)
     return loss
@@ -167,7 +156,7 @@ def body(trainee: "Trainee", part: Part, samples: int) -> torch.Tensor:
 def rate_from(rate: torch.Tensor, optimizer: Any, capturable: bool) -> Iterator[None]:
     """Inside, the optimizer reads its learning rate from `rate`, fp32 [] on the device.
 
-    Only inside: an eager step finds the number it always finds, and would warn of `capturable`.
+    Outside it is a number, as ever, and not `capturable`, of which eager steps would warn.
     """
     before = [(group, group["lr"], group["capturable"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -189,7 +178,7 @@ class _Kept:
 
 
 class GraphedStep:
-    """The optimiser steps of a trainee, replayed where their shape comes often enough.
+    """A trainee's steps on batches of `static_batch`, replayed where a shape comes often enough.
 
     `mode` "auto" keeps graphs only if `observe` shows them to be faster, "on" in any case.
     A checkpoint is loaded before: graphs hold the addresses of the optimiser's state.
@@ -209,10 +198,7 @@ class GraphedStep:
         self._rate = torch.empty(0)
 
     def step(self, number: int, batch: Batch) -> torch.Tensor | None:
-        """Step `number` on `batch` (of `static_batch`, on the device): its loss [].
-
-        None where nothing has been done, and the caller is to do the step eagerly.
-        """
+        """The loss [] of step `number`; None: nothing has been done, do it eagerly."""
         shape = shape_of(batch, self._trainee.config.batch_size)
         if shape is None or self._stopped:
             return None
@@ -237,16 +223,14 @@ class GraphedStep:
         eager, graphed = self._ns[shape]
         if len(graphed) >= TRIAL:
             self._decided, self._because = True, "replayed steps were faster than eager ones"
-            eager_ms, graphed_ms = statistics.median(eager) / 1e6, statistics.median(graphed) / 1e6
-            shapes = self.record.shapes
-            self.record = GraphRecord(True, self._because, eager_ms, graphed_ms, shapes)
+            self.record = replace(self.record, why=self._because, eager_ms=median(eager) / 1e6)
+            self.record = replace(self.record, graphed_ms=median(graphed) / 1e6)
             if not choose(eager, graphed):
                 self._stop("replayed steps were not faster than eager ones")
 
     def _graphed(self, number: int, batch: Batch, shape: Shape) -> torch.Tensor | None:
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._rate = torch.zeros((), device=self._trainee.device)
         self._rate.fill_(self._trainee.rate(number))
         kept = self._kept.get(shape)
@@ -259,7 +243,8 @@ class GraphedStep:
         elif not self._capture(kept, batch.samples):
             return None
         kept.graph.replay()
-        return None if kept.loss is None else kept.loss.clone()
+        assert kept.loss is not None
+        return kept.loss.clone()
 
     def _beside(self, kept: _Kept, samples: int) -> torch.Tensor:
         """A real step by the function that will be captured, on the stream that will capture."""
@@ -288,13 +273,15 @@ class GraphedStep:
                 kept.loss = body(self._trainee, kept.part, samples)
             adapters.check_gradients(self._trainee.model)
         except RuntimeError as error:  # out of memory is one
+            with contextlib.suppress(RuntimeError):  # torch may leave the pool open, or not
+                torch._C._cuda_endAllocateToPool(self._rate.device.index, self._pool)
             self._stop(f"the step could not be captured: {one_line(error)}")
             return False
         finally:
             self._forget_gradients()
         kept.graph = graph
-        shapes = self.record.shapes + 1
-        self.record = replace(self.record, used=True, why=self._because, shapes=shapes)
+        more = self.record.shapes + 1
+        self.record = replace(self.record, used=True, why=self._because, shapes=more)
         return True
 
     def _forget_gradients(self) -> None:

@@ -257,9 +257,11 @@ def test_a_window_shorter_than_the_sequences_is_not_packed(
     # The control: packed all the same, long sequences have other logits.
     monkeypatch.setattr(packing, "supported", lambda *_: True)
     packs, stock = pair(family, model=folder)
-    for indices, same in (([1, 3, 5], True), ([1, 30, 47], False)):
+    padded = example_batches(folder, "pad")
+    within = [i for i in range(LONGEST) if padded.lengths[i] <= 8]
+    for indices, same in ((within, True), ([*within, 30, 47], False)):
         with torch.no_grad():
-            expected = stock_logits(stock, example_batches(folder, "pad"), indices)
+            expected = stock_logits(stock, padded, indices)
             (part,) = example_batches(folder, "packed").collate(indices).parts
             apart = relative_error(packing.logits(packs, part), expected)
         assert (apart < PACKED_FP32) == same, apart
@@ -363,7 +365,7 @@ def test_what_was_trained_packed_loads_in_stock(
 # --- batches
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(size=st.integers(1, 20), seed=st.integers(0, 2**20), step=st.integers(0, 200))
 def test_every_mode_has_the_same_examples_in_a_step(size, seed, step):
     modes = {
