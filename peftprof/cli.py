@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from peftprof.config import KERNELS, METHODS, PADDINGS, PRECISIONS, PROFILERS
+from peftprof.config import CUDA_GRAPHS, KERNELS, METHODS, PADDINGS, PRECISIONS, PROFILERS
 from peftprof.errors import ConfigError, LimitError, PeftprofError, TraceError
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="Tokens an example is cut to.")] = None,
     precision: Annotated[str | None, typer.Option(help=_one_of(PRECISIONS))] = None,
     padding: Annotated[str | None, typer.Option(help=_one_of(PADDINGS))] = None,
+    cuda_graphs: Annotated[str | None, typer.Option(help=_one_of(CUDA_GRAPHS))] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, head and dropout.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     profiler: Annotated[str | None, typer.Option(help=_one_of(PROFILERS))] = None,
@@ -89,6 +90,7 @@ def train(
         "max_length": max_length,
         "precision": precision,
         "padding": padding,
+        "cuda_graphs": cuda_graphs,
         "seed": seed,
         "device": device,
         "profiler": profiler,

@@ -19,6 +19,7 @@ KERNELS = ("auto", "bnb", "torch", "triton")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LARGEST = 1e30  # still a number when it is multiplied in fp32
 PADDINGS = ("auto", "packed", "split", "pad")
+CUDA_GRAPHS = ("auto", "on", "off")
 PROFILERS = ("auto", "none", "torch", "nsys")
 
 
@@ -50,6 +51,7 @@ class RunConfig:
     max_length: int = 128
     precision: str = "auto"
     padding: str = "auto"
+    cuda_graphs: str = "auto"
     seed: int = 42
     device: str = "auto"
     profiler: str = "auto"
@@ -64,6 +66,7 @@ class RunConfig:
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("padding", self.padding, PADDINGS)
+        _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         _one_of("profiler", self.profiler, PROFILERS)
         for name in ("rank", "batch_size", "max_length", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)

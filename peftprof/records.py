@@ -158,13 +158,25 @@ class MemoryStep:
 
 
 @dataclass(frozen=True)
+class GraphRecord:
+    """Whether steps were replayed, why or why not, and what was measured for one shape."""
+
+    used: bool
+    why: str
+    eager_ms: float | None
+    graphed_ms: float | None
+    shapes: int
+
+
+@dataclass(frozen=True)
 class Execution:
     """How the steps were computed, where there was a choice; `config` has the rest.
 
     `padding` is packed, split or pad; packed tokens were rounded up to a multiple of
     `token_multiple`. `frozen_dtype` is what frozen dense weights are stored in, None where
     none is. `native_dequantise` says whether compiled code of bitsandbytes dequantised on
-    the CPU. `tf32` is what torch was told of fp32 products on a GPU.
+    the CPU. `tf32` is what torch was told of fp32 products on a GPU; `cuda_graphs` is known
+    when the timed pass is over.
     """
 
     padding: str
@@ -174,6 +186,7 @@ class Execution:
     native_dequantise: bool
     tf32: bool
     threads: int
+    cuda_graphs: GraphRecord | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.utils import get_total_norm
 
+from peftprof import annotate
 from peftprof.config import RunConfig
+from peftprof.records import GraphRecord
 from peftprof.run import adapters
 from peftprof.run.batches import Batch, Part, Segments
 from peftprof.run.source import one_line
@@ -42,17 +44,6 @@ TRIAL = 5  # steps of one shape, eager and replayed, that are compared
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
-@dataclass(frozen=True)
-class GraphRecord:
-    """Whether steps were replayed, why or why not, and what was measured for one shape."""
-
-    used: bool
-    why: str
-    eager_ms: float | None
-    graphed_ms: float | None
-    shapes: int
-
-
 class Shape(NamedTuple):
     """What the shapes of a step depend on: tokens, padded length in attention, sequences."""
 
@@ -65,6 +56,8 @@ def possible(config: RunConfig) -> str | None:
     """Why the steps of this resolved configuration cannot be graphs; None where they can."""
     if not config.device.startswith("cuda"):
         return f"a CUDA graph needs a CUDA device, and the run is on {config.device}"
+    if config.cuda_graphs == "off":
+        return "asked not to"
     if config.padding != "packed":
         return f"batches have few shapes only when they are packed, and these are {config.padding}"
     if config.precision == "fp16":
@@ -138,11 +131,13 @@ def _tensors(part: Part) -> list[torch.Tensor]:
 def clipped_step(optimizer: torch.optim.Optimizer, limit: float) -> None:
     """Clip the gradients' norm to `limit` and step, without a look at either on the host."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The fused optimizer divides by this in passing; clip_grad_norm_ is a pass of its own.
-    factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
+    with annotate.op("grad_clip"):
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # The fused optimizer divides by this in passing; clip_grad_norm_ is a pass of its own.
+        factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
     vars(optimizer).update(grad_scale=factor, found_inf=norm.new_zeros(()))
     optimizer.step()
+    vars(optimizer).update(grad_scale=None, found_inf=None)  # of this step alone
 
 
 def body(trainee: "Trainee", part: Part, samples: int) -> torch.Tensor:

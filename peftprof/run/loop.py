@@ -9,13 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import get_total_norm
 
 from peftprof import annotate
 from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TrainingError
-from peftprof.records import Accuracy, Energy, Memory, Trainable, decode, encode
-from peftprof.run import adapters, packing
+from peftprof.records import Accuracy, Energy, GraphRecord, Memory, Trainable, decode, encode
+from peftprof.run import adapters, graphs, packing
 from peftprof.run.batches import Batch, Batches, Part
 from peftprof.run.folder import Evaluation, RunFolder, Step
 from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, together
@@ -24,7 +23,6 @@ from peftprof.run.statistics import wilson
 from peftprof.watcher import Watcher
 
 WARMUP_STEPS = 5  # excluded from the figures after every start: allocators and caches fill
-CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 FLUSH_EVERY = 10  # steps between two readings of the losses, each a wait for the device
 
 
@@ -40,6 +38,7 @@ class Trainee:
     validation: Batches
     total_steps: int
     _ready: dict[int, Batch] = field(default_factory=dict)  # on the device before its step
+    graphed: graphs.GraphedStep | None = None  # where steps may be replayed
 
     @property
     def device(self) -> torch.device:
@@ -52,26 +51,37 @@ class Trainee:
         on = dtype != torch.float32
         return torch.autocast(self.device.type, dtype if on else None, enabled=on)
 
-    def step(self, number: int) -> tuple[torch.Tensor, Batch]:
-        """Optimiser step `number` (from 0): its loss, still on the device, and its batch."""
+    def step(self, number: int, eager: bool = False) -> tuple[torch.Tensor, Batch]:
+        """Optimiser step `number` (from 0): its loss, still on the device, and its batch.
+
+        `eager`: not as a CUDA graph, which leaves no gradients to look at.
+        """
         with annotate.step(number):
             with annotate.phase("data"):
                 batch = self._batch(number)
-            # Of the parts' sums, not means, so that every example counts the same.
-            losses = [self._learn(part, batch.samples) for part in batch.parts]
-            with annotate.phase("optimizer"):
-                self._update(number)
+            loss = None
+            if self.graphed is not None and not eager:
+                loss = self.graphed.step(number, batch)
+            if loss is None:
+                # Of the parts' sums, not means, so that every example counts the same.
+                losses = [self._learn(part, batch.samples) for part in batch.parts]
+                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                with annotate.phase("optimizer"):
+                    self._update(number)
             if self.device.type == "cuda":
                 with annotate.phase("data"):  # while the GPU still works on this step
                     self._ready = {number + 1: self._load(number + 1)}
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), batch
+        return loss, batch
 
     def _batch(self, number: int) -> Batch:
         ready = self._ready.pop(number, None)
         return self._load(number) if ready is None else ready
 
     def _load(self, number: int) -> Batch:
-        return self.train.at(number).to(self.device)
+        batch = self.train.at(number)
+        if graphs.possible(self.config) is None:  # eager steps too, so that all are alike
+            batch = graphs.static_batch(batch, self.config.batch_size)
+        return batch.to(self.device)
 
     def _learn(self, part: Part, samples: int) -> torch.Tensor:
         """Forward and backward of one part of a batch: its share of the batch's mean loss."""
@@ -95,14 +105,7 @@ class Trainee:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             return
-        with annotate.op("grad_clip"):
-            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            # The fused optimizer divides each gradient by this in passing, where
-            # clip_grad_norm_ reads and writes all of them once more.
-            factor = ((norm + CLIP_EPSILON) / limit).clamp_(min=1.0)
-            vars(self.optimizer).update(grad_scale=factor, found_inf=norm.new_zeros(()))
-        self.optimizer.step()
-        vars(self.optimizer).update(grad_scale=None, found_inf=None)  # of this step alone
+        graphs.clipped_step(self.optimizer, limit)
 
     def rate(self, number: int) -> float:
         """Learning rate of step `number`: linear warm-up from 0, then linear to 0."""
@@ -186,6 +189,8 @@ class TimedLoop:
         """Train to the end."""
         start = self._resume()
         trainee = self.trainee
+        if graphs.possible(trainee.config) is None:
+            trainee.graphed = graphs.GraphedStep(trainee, trainee.config.cuda_graphs)
         self.watcher.begin("training", trainee.total_steps, start)
         self.memory.start()
         for number in range(start, trainee.total_steps):
@@ -209,7 +214,7 @@ class TimedLoop:
         if not warmup:
             self.energy.resume()
         self.clock.start()
-        loss, batch = self.trainee.step(number)
+        loss, batch = self.trainee.step(number, eager=self._fresh)
         if self._fresh:
             # Backward has run; the gradients are still there.
             adapters.check_gradients(self.trainee.model)
@@ -229,6 +234,8 @@ class TimedLoop:
         for (number, _, batch), loss, ns in zip(self._waiting, losses, durations, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss of step {number} is {loss}; lower --lr")
+            if self.trainee.graphed is not None and number >= start + WARMUP_STEPS:
+                self.trainee.graphed.observe(number, ns)
             self.passed.steps.append(
                 Step(
                     number,
@@ -273,6 +280,13 @@ class TimedLoop:
     def peaks(self) -> Memory:
         """Peak memory of the pass so far, what was before a resume included."""
         return together(self._memory_before, self.memory.result())
+
+    def cuda_graphs(self) -> GraphRecord:
+        """Whether steps were replayed as CUDA graphs, and why or why not."""
+        if self.trainee.graphed is not None:
+            return self.trainee.graphed.record
+        why = graphs.possible(self.trainee.config) or "no step was run"
+        return GraphRecord(False, why, None, None, 0)
 
     def joules(self) -> Energy:
         """Energy of the timed steps so far, what was before a resume included."""

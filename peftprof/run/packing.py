@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from peftprof.config import RunConfig
+from peftprof.run import graphs
 from peftprof.run.batches import Part
 from peftprof.run.model import Family
 from peftprof_kernels import packed_attention
@@ -19,7 +20,8 @@ ATTENTION = "peftprof_packed"
 
 # Packed tokens are rounded up to this where each new number of tokens costs: on a CPU in
 # reduced precision, oneDNN writes code for every new shape of a product, 5 to 10 ms for one
-# that then takes 1.5 ms (2 cores, AMD EPYC, torch 2.13; docs/speed.md).
+# that then takes 1.5 ms (2 cores, AMD EPYC, torch 2.13; docs/speed.md). A CUDA graph is of
+# one shape.
 BUCKET = 64
 
 
@@ -49,7 +51,8 @@ def first_position(family: str, pad_token_id: int) -> int:
 
 def multiple(config: RunConfig) -> int:
     """What packed tokens are rounded up to under `config`."""
-    return BUCKET if config.device == "cpu" and config.precision != "fp32" else 1
+    new_code = config.device == "cpu" and config.precision != "fp32"
+    return BUCKET if new_code or graphs.possible(config) is None else 1
 
 
 def prepare(classifier: Any, family: Family) -> None:

@@ -284,8 +284,11 @@ def _timed_pass(
     if not full and adapters.frozen_sha256(trainee.model) != before:
         raise TrainingError("the frozen base weights changed while training; the result is void")
     _save_trained(folder, trainee, prepared)
+    assert record.execution is not None
+    execution = dataclasses.replace(record.execution, cuda_graphs=loop.cuda_graphs())
     return dataclasses.replace(
         record,
+        execution=execution,
         trainable=passed.trainable,
         timed=summarise(passed.steps),
         accuracy=passed.evaluations[-1].accuracy,
