@@ -7,17 +7,19 @@ tolerances. The controls break what packing could get wrong and must leave them.
 
 import dataclasses
 import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from bench import stock_trainer, train_vs_stock
-from peftprof.run import adapters, batches, packing, runner
+from peftprof.run import adapters, batches, loop, packing, runner
 from peftprof.run.model import DTYPES
 from peftprof_kernels import grouped
-from tests.tolerances import GRADIENT_STOCK, LOSS_STOCK
+from tests.conftest import tiny_config
+from tests.tolerances import GRADIENT_PRETRAINED, GRADIENT_STOCK, LOSS_STOCK
 
 FAMILIES = ("bert", "distilbert", "llama")
 METHODS = ("full", "lora", "qlora")
@@ -44,16 +46,38 @@ def kept(tmp_path_factory):
     return tmp_path_factory.mktemp("still"), {}
 
 
+@pytest.fixture(scope="module")
+def lively(tiny, kept):
+    """`lively(family)`: a model of weights so large that its logits tell texts apart.
+
+    With the usual ones a tiny model says the same of every text, so that gradients over a
+    batch of both labels cancel and consist of rounding.
+    """
+
+    def make(family):
+        folder = kept[0] / f"lively-{family}"
+        if not folder.exists():
+            shutil.copytree(tiny(family), folder)
+            config = tiny_config(family, 64)
+            config.initializer_range = 0.1
+            torch.manual_seed(0)
+            net = transformers.AutoModelForSequenceClassification.from_config(config)
+            net.save_pretrained(folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def still(small_run, texts, kept):
+def still(small_run, texts, kept, lively):
     """`still(method, family, **settings)`: a configuration without any dropout."""
 
     def make(method, family, **settings):
-        defaults = {"dataset": str(texts), "max_steps": STEPS, "kernels": "torch"}
-        if method == "full":
-            del defaults["kernels"]
+        defaults = {"dataset": str(texts), "max_steps": STEPS}
+        if "model" not in settings:
+            defaults["model"] = str(lively(family))
         config = small_run(method, family, **(defaults | settings))
-        folder = kept[0] / str(abs(hash(config.model)))
+        folder = kept[0] / Path(config.model).name.replace("lively", "still")
         folder.mkdir(exist_ok=True)
         return train_vs_stock.without_dropout(config, folder)
 
@@ -120,7 +144,7 @@ def stock_losses(config, folder):
     prepared = runner.prepare(dataclasses.replace(config, padding="pad"))
     net = stock_trainer.load(prepared)
     losses = []
-    hook = net.register_forward_hook(lambda *given: losses.append(float(given[-1].loss)))
+    hook = net.register_forward_hook(lambda *given: losses.append(given[-1].loss.item()))
     rows = stock_trainer.Rows(prepared.train)
     trainer = stock_trainer.make_trainer(
         stock_trainer.OrderedTrainer, prepared, net, rows, str(folder)
@@ -166,8 +190,8 @@ def losses_apart(ours, stock):
 
 
 @pytest.fixture
-def compare(still, of_stock, monkeypatch, record_property):
-    """`compare(...)`: how far losses and gradients are from stock's, gradients' worst name."""
+def compare(still, of_stock, monkeypatch):
+    """`compare(...)`: the run, and how far its losses and gradients are from stock's."""
 
     def make(method, family, precision, padding, **settings):
         config = still(method, family, precision=precision, padding=padding, **settings)
@@ -176,12 +200,11 @@ def compare(still, of_stock, monkeypatch, record_property):
         assert max(pieces) > 1  # else padded, split and packed would be the same
         assert stock.std() > 0.01  # they are losses of a model that changes
         apart = losses_apart(losses, stock)
-        ours, theirs = our_gradients(config, monkeypatch), of_stock("gradients", config)
-        gradient, name = gradients_apart(ours, theirs)
-        record_property("losses", apart)
-        record_property("gradients", gradient)
-        print(f"CELL {method} {family} {precision} {padding} {apart:.1e} {gradient:.1e} {name}")
-        return apart, gradient
+        ours = our_gradients(config, monkeypatch)
+        gradient, name = gradients_apart(ours, of_stock("gradients", config))
+        cell = f"{method} {family} {precision} {padding}"  # pytest -s shows the table
+        print(f"{cell}: losses {apart:.1e}, gradients {gradient:.1e} ({name})")
+        return config, ours, apart, gradient
 
     return make
 
@@ -190,8 +213,91 @@ def compare(still, of_stock, monkeypatch, record_property):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_training_as_stock(method, family, precision, padding, compare):
-    losses, gradient = compare(method, family, precision, padding)
+def test_the_same_training_as_stock(method, family, precision, padding, compare, of_stock):
+    config, ours, losses, gradient = compare(method, family, precision, padding)
     dtype = DTYPES[precision]
     assert losses < LOSS_STOCK[dtype]
     assert gradient < GRADIENT_STOCK[dtype]
+    if precision == "bf16":
+        # Two roundings of one gradient: ours is not farther from it than stock's own.
+        exact = of_stock("gradients", dataclasses.replace(config, precision="fp32"))
+        rounding, _ = gradients_apart(of_stock("gradients", config), exact)
+        assert gradients_apart(ours, exact)[0] < 2 * rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "name", "padding"),
+    [(method, "minilm", padding) for method in METHODS for padding in PADDINGS]
+    + [("qlora", "minilm-distilbert", "packed"), ("lora", "smollm2-135m", "packed")],
+)
+def test_the_same_training_of_pretrained_models(method, name, padding, compare):
+    settings = {"model": name, "max_length": 64, "learning_rate": 1e-4, "max_steps": 12}
+    # The family only names a small model that is not used.
+    _, _, losses, gradient = compare(method, "bert", "fp32", padding, **settings)
+    assert losses < LOSS_STOCK[torch.float32]
+    assert gradient < GRADIENT_PRETRAINED
+
+
+# --- the controls: each is wrong in a way that packing or splitting could be
+
+
+def borderless(monkeypatch):
+    """Sequences look at each other."""
+    real = packing.packed_attention
+
+    def attention(q, k, v, groups, *further):
+        return real(q, k, v, grouped([groups[-1].end]), *further)
+
+    monkeypatch.setattr(packing, "packed_attention", attention)
+
+
+def on_and_on(monkeypatch):
+    """Positions do not start again with a sequence."""
+    real = batches.Batches._packed
+
+    def packed(self, *given):
+        part = real(self, *given)
+        places = torch.arange(part.inputs["input_ids"].shape[1])[None]
+        return dataclasses.replace(part, inputs=part.inputs | {"position_ids": places})
+
+    monkeypatch.setattr(batches.Batches, "_packed", packed)
+
+
+def neighbours(monkeypatch):
+    """The classifier reads the token beside a sequence's own."""
+    real = batches.Batches._packed
+
+    def packed(self, *given):
+        part = real(self, *given)
+        segments = part.segments
+        wrong = dataclasses.replace(segments, first=segments.first + 1, last=segments.last - 1)
+        return dataclasses.replace(part, segments=wrong)
+
+    monkeypatch.setattr(batches.Batches, "_packed", packed)
+
+
+def means_of_parts(monkeypatch):
+    """A part of few examples counts as much as one of many."""
+    real = loop.Trainee._learn
+    monkeypatch.setattr(
+        loop.Trainee, "_learn", lambda self, part, _: real(self, part, 2 * len(part.labels))
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "broken"),
+    [
+        ("bert", "packed", borderless),
+        ("llama", "packed", borderless),
+        ("bert", "packed", on_and_on),
+        ("bert", "packed", neighbours),
+        ("llama", "packed", neighbours),
+        ("bert", "split", means_of_parts),
+    ],
+)
+def test_what_is_not_the_same_would_be_noticed(family, padding, broken, compare, monkeypatch):
+    broken(monkeypatch)
+    _, _, losses, gradient = compare("lora", family, "fp32", padding)
+    assert losses > 10 * LOSS_STOCK[torch.float32]
+    assert gradient > 10 * GRADIENT_STOCK[torch.float32]
