@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from peftprof.errors import FolderError, TrainingError
-from peftprof.run import capture, loop, runner
+from peftprof.run import adapters, capture, loop, runner
 from peftprof.run.folder import RunFolder
+from tests import tolerances
+from tests.tolerances import relative_error
 
 
 class Killed(Exception):
@@ -236,6 +238,69 @@ def test_the_optimiser_is_the_stock_trainers(small_run, tmp_path):
     ).train()
     assert len(seen) == 6
     assert mine == pytest.approx(seen, rel=1e-4)
+
+
+def plainly_updated(trainee, number):
+    """The update of a step as torch has it: clipping as a pass of its own, AdamW not fused."""
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = trainee.rate(number)
+    parameters = [p for group in trainee.optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, trainee.config.max_grad_norm)
+    trainee.optimizer.step()
+    return float(norm)
+
+
+def five_steps(config, update=None):
+    """Losses, parameters and gradient norms; `update` in the place of the trainee's own."""
+    trainee, _ = runner.prepare(config).build()
+    norms = []
+    if update:
+        groups = [dict(group, fused=False) for group in trainee.optimizer.param_groups]
+        trainee.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, foreach=False)
+        trainee._update = lambda number: norms.append(update(trainee, number))
+    losses = []
+    for number in range(5):
+        losses.append(float(trainee.step(number)[0]))
+        trainee.optimizer.zero_grad()
+    assert bool(trainee.optimizer.defaults["fused"]) == (update is None)
+    named = {n: p.detach() for n, p in adapters.trainable(trainee.model)}
+    return losses, named, norms
+
+
+# Without biases of keys, whose gradients are rounding: AdamW would make them steps of any sign.
+@pytest.mark.parametrize(("method", "family"), [("lora", "bert"), ("full", "llama")])
+@pytest.mark.parametrize("limit", [0.05, 1e3])
+def test_folded_clipping_is_clip_grad_norm(method, family, limit, small_run):
+    settings = {"max_grad_norm": limit, "warmup_ratio": 0.0, "weight_decay": 0.1}
+    config = small_run(method, family, **settings)
+    losses, named, _ = five_steps(config)
+    plain_losses, plain, norms = five_steps(config, plainly_updated)
+    assert all((norm > limit) == (limit < 1) for norm in norms)  # it bites, or never does
+    assert losses == pytest.approx(plain_losses, rel=tolerances.FP32_REORDERED)
+    for name, parameter in named.items():
+        assert relative_error(parameter, plain[name]) < 10 * tolerances.FP32_REORDERED, name
+
+
+def test_clipping_that_is_left_out_would_be_noticed(small_run):
+    config = small_run("lora", max_grad_norm=0.05, warmup_ratio=0.0)
+    losses, _, _ = five_steps(config)
+    free, _, _ = five_steps(dataclasses.replace(config, max_grad_norm=1e3))
+    assert losses != pytest.approx(free, rel=10 * tolerances.FP32_REORDERED)
+
+
+def test_gradients_are_left_as_they_are_and_a_zero_one_is_no_trouble(small_run):
+    """The optimiser divides in passing; a norm of zero is not divided by."""
+    config = small_run("lora", max_grad_norm=1e-3, warmup_ratio=0.0)
+    trainee, _ = runner.prepare(config).build()
+    before = {n: p.detach().clone() for n, p in adapters.trainable(trainee.model)}
+    for _, parameter in adapters.trainable(trainee.model):
+        parameter.grad = torch.zeros_like(parameter)
+    trainee._update(0)
+    for name, parameter in adapters.trainable(trainee.model):
+        decayed = before[name]
+        if parameter.ndim > 1:
+            decayed = decayed * (1 - config.learning_rate * config.weight_decay)
+        torch.testing.assert_close(parameter.detach(), decayed)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, quiet):
