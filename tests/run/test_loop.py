@@ -29,10 +29,10 @@ def test_a_killed_run_resumes_to_the_same_bits(
     whole = runner.train(config, tmp_path / "whole", [], quiet)
     real_step = loop.Trainee.step
 
-    def dying(self, number):
+    def dying(self, number, **how):
         if number == kill_at:
             raise Killed
-        return real_step(self, number)
+        return real_step(self, number, **how)
 
     monkeypatch.setattr(loop.Trainee, "step", dying)
     with pytest.raises(Killed):
@@ -135,7 +135,9 @@ def test_what_was_measured_before_a_resume_counts(small_run, tmp_path, quiet, mo
     whole = runner.train(config, tmp_path / "whole", [], quiet).read_record()
     real_step = loop.Trainee.step
     monkeypatch.setattr(
-        loop.Trainee, "step", lambda self, n: _die() if n == 16 else real_step(self, n)
+        loop.Trainee,
+        "step",
+        lambda self, n, **how: _die() if n == 16 else real_step(self, n, **how),
     )
     with pytest.raises(Killed):
         runner.train(config, tmp_path / "killed", [], quiet)
