@@ -140,3 +140,17 @@ class Quiet:
 @pytest.fixture
 def quiet() -> Quiet:
     return Quiet()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The trainees of the runs of a test, each as it was when its run was over."""
+    found = []
+    real = runner._save_trained
+
+    def remembering(folder, trainee, prepared):
+        found.append(trainee)
+        real(folder, trainee, prepared)
+
+    monkeypatch.setattr(runner, "_save_trained", remembering)
+    return found

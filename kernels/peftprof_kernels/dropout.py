@@ -64,6 +64,8 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         raise ValueError(f"p must be a probability, got {p}")
     if not training or not rounded(p):
         return x
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.dropout(x, p)  # numpy's generator is in no graph
     return _Dropout.apply(x, p)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -25,8 +25,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from peftprof_kernels.dropout import draw_mask, draw_seed, keep_scale, rounded
 from peftprof_kernels.spans import ATTENTION, span
 
-# What one more group costs, in rows x columns of scores: the calls that it takes against
-# the padding that it saves. See docs/speed.md.
+# What one more group costs, in rows x columns of scores of a head: the calls that it takes
+# against the padding that it saves. Not sharp: for a batch of 32 film reviews attention of
+# one layer, forward and backward in fp32, took 7.3 to 8.8 ms with anything from two to eight
+# groups and 19 ms with one (2 cores, 2026-11-26).
 GROUP_COST: Final = 6_000
 
 
@@ -67,9 +69,8 @@ def grouped(lengths: Sequence[int], cost: int = GROUP_COST, multiple: int = 1) -
     if any(b < a for a, b in itertools.pairwise(lengths)) or min(lengths, default=0) < 1:
         raise ValueError("lengths must be positive and ascending")
     padded = [-(-length // multiple) * multiple for length in lengths]
-    best: list[tuple[int, int]] = [
-        (0, 0)
-    ]  # for the first j sequences: cost, start of the last group
+    # For the first j sequences: the least cost, and where the last group then starts.
+    best: list[tuple[int, int]] = [(0, 0)]
     for j, longest in enumerate(padded, 1):
         best.append(min((best[i][0] + (j - i) * longest**2 + cost, i) for i in range(j)))
     bounds = [len(lengths)]

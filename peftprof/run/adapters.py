@@ -32,6 +32,7 @@ from peftprof_kernels import (
     set_native_dequantize,
 )
 
+OWN_WEIGHT = "peftprof_weight"  # where a Linear4bit keeps its weight as our kernels take it
 # Linears of one module that read one input, as the families name them.
 SHARE_INPUT = (
     ("query", "key", "value"),
@@ -160,6 +161,8 @@ def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         weight = nf4_weight(module)
         parts = (weight.absmax, weight.code, weight.absmax2, weight.code2, weight.offset)
         yield from (part for part in parts if part is not None)
+        if (own := getattr(module, OWN_WEIGHT, None)) is not None:
+            yield from own.tensors()[1:]  # the first are the packed weights themselves
 
 
 def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
@@ -195,6 +198,8 @@ def _is_adapted(layer: Any) -> bool:
 def _use_native_dequantise(model: torch.nn.Module) -> None:
     """Have bitsandbytes' compiled code dequantise on this CPU if it is right for `model`."""
     set_native_dequantize(None)
+    if not hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
+        return
     shapes: dict[tuple[int, ...], Any] = {}
     for module in linear_4bit(model):
         shapes.setdefault(tuple(module.weight.quant_state.shape), module)
@@ -225,7 +230,10 @@ def _unnested(weight: NF4Weight) -> NF4Weight:
 
 def _frozen(module: Any, config: RunConfig) -> NF4Weight:
     weight = nf4_weight(module)
-    return _unnested(weight) if config.device == "cpu" else weight
+    if config.device == "cpu":
+        weight = _unnested(weight)
+    setattr(module, OWN_WEIGHT, weight)
+    return weight
 
 
 class _Siblings:

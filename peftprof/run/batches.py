@@ -14,7 +14,7 @@ from peftprof.run.tables import Examples
 from peftprof.run.tokens import tokenise
 from peftprof_kernels import Group, grouped
 
-# What one more part of a split batch costs, in the units of `grouped`; see docs/speed.md.
+# What one more part of a split batch costs, in the units of `grouped`. Chosen, not measured.
 SPLIT_COST = 8_000
 
 

@@ -11,16 +11,8 @@ from tests.tolerances import LOGITS_FP32, LOSS_CURVE, relative_error
 
 
 @pytest.fixture
-def train(small_run, tmp_path, quiet, monkeypatch):
+def train(small_run, tmp_path, quiet, trained):
     """`train(method, family, kernels, **settings)`: the run's folder, and what it trained."""
-    trained = []
-    real = runner._save_trained
-
-    def remembering(folder, trainee, prepared):
-        trained.append(trainee)
-        real(folder, trainee, prepared)
-
-    monkeypatch.setattr(runner, "_save_trained", remembering)
 
     def run(method, family, kernels, **settings):
         defaults = {

@@ -315,18 +315,10 @@ def test_positions_start_where_the_loaded_model_starts(small_run, variant):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_what_was_trained_packed_loads_in_stock(
-    method, family, small_run, tmp_path, quiet, monkeypatch
+    method, family, small_run, tmp_path, quiet, trained
 ):
     from peft import PeftModel
 
-    trained = []
-    real = runner._save_trained
-
-    def remembering(folder, trainee, prepared):
-        trained.append(trainee)
-        real(folder, trainee, prepared)
-
-    monkeypatch.setattr(runner, "_save_trained", remembering)
     config = small_run(method, family, max_steps=3, profiler="none", learning_rate=1e-2)
     folder = runner.train(config, tmp_path / "run", [], quiet)
     for path in folder.path.rglob("*.json"):
