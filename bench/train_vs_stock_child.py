@@ -115,7 +115,8 @@ def stock(config: RunConfig) -> dict[str, Any]:
     lengths = [[prepared.train.lengths[i] for i in step] for step in order]
     net.train()
     example = trainer.data_collator([rows[0]]).to(config.device)
-    counted = ModelFlops.of(net, prepared.family.layers, example)
+    family = prepared.family
+    counted = ModelFlops.of(net, family.layers, example, narrow=family.pools == "first")
     usual = transformers.TrainingArguments().to_dict()
     # The loop's own folder: nothing that the training knows.
     usual |= {"output_dir": trainer.args.output_dir}

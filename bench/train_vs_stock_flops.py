@@ -6,15 +6,23 @@ from typing import Any
 
 import torch
 
+from peftprof.run.narrow import PROJECTIONS
+
+KEYS_AND_VALUES = frozenset(name for _, *names in PROJECTIONS for name in names)
+
 
 @dataclass(frozen=True)
 class Product:
-    """One linear layer [N, K] of a transformer layer, and which products its backward takes."""
+    """One linear layer [N, K] of a transformer layer, and which products its backward takes.
+
+    `once`: only the token that the classifier reads goes through it.
+    """
 
     N: int
     K: int
     dx: bool
     dw: bool
+    once: bool = False
 
     @property
     def flops_per_token(self) -> int:
@@ -38,14 +46,21 @@ class ModelFlops:
     counted: padding, dequantising, recomputation. Nor are embeddings, normalisation,
     pooler, head and optimiser, which are no products or little ones. Attention counts whole
     for causal models too, as is usual, and dK is counted in a first layer that needs none.
+
+    Where the classifier reads a sequence's first token (`narrow`), only that one counts in the
+    last layer, but for keys and values: what others compute there goes nowhere. A program
+    that computes it all the same, as stock's does, is not credited with it.
     """
 
     products: tuple[Product, ...]
     layers: int
     hidden: int
+    narrow: bool = False
 
     @classmethod
-    def of(cls, model: Any, layers: str, inputs: Mapping[str, torch.Tensor]) -> "ModelFlops":
+    def of(
+        cls, model: Any, layers: str, inputs: Mapping[str, torch.Tensor], narrow: bool = False
+    ) -> "ModelFlops":
         """Counted on `model` in training, whose transformer layers are at `layers`.
 
         One forward of `inputs` tells which layers' inputs need a gradient; a 4-bit layer is
@@ -71,21 +86,32 @@ class ModelFlops:
         finally:
             for hook in hooks:
                 hook.remove()
+        config = model.config
+        last = f".{layers}.{config.num_hidden_layers - 1}."
         products = tuple(
-            Product(m.out_features, m.in_features, needs[name], m.weight.requires_grad)
+            Product(
+                m.out_features,
+                m.in_features,
+                needs[name],
+                m.weight.requires_grad,
+                narrow and last in f".{name}" and KEYS_AND_VALUES.isdisjoint(name.split(".")),
+            )
             for name, m in names.items()
             if name in needs
         )
-        config = model.config
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(products, config.num_hidden_layers, heads * head)
+        return cls(products, config.num_hidden_layers, heads * head, narrow)
 
     def of_step(self, lengths: Iterable[int]) -> int:
         """The FLOPs of a step over examples of these lengths."""
-        linear = sum(p.flops_per_token for p in self.products)
-        attention = 12 * self.hidden * self.layers
-        return sum(length * linear + length * length * attention for length in lengths)
+        linear = sum(p.flops_per_token for p in self.products if not p.once)
+        once = sum(p.flops_per_token for p in self.products if p.once)
+        scores = 12 * self.hidden
+        whole = self.layers - self.narrow
+        return sum(
+            once + n * linear + n * n * scores * whole + n * scores * self.narrow for n in lengths
+        )
 
 
 def share(flops: Sequence[int], seconds: Sequence[float], peak: float) -> float:

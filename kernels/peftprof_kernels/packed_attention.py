@@ -107,45 +107,71 @@ def packed_attention(
     scale: float,
     p: float = 0.0,
     causal: bool = False,
+    one_query: bool = False,
 ) -> Tensor:
     """Attention inside each sequence, q [T, h, d] and k, v [T, h / n, d] -> [T, h, d].
 
     Each key head serves n query heads. p is dropout's probability on the attention
     probabilities. Tokens after the last group belong to no sequence: their rows are zero.
+    `one_query`: q [sequences, h, d] is one token of each sequence, which sees all of its
+    sequence, and so is the result.
     On a CPU with dropout, scores and softmax are fp32 and their masks one byte each; else it
     is torch's scaled_dot_product_attention, group by group. The result has v's dtype.
     Raises ValueError for shapes that do not fit each other or the groups.
     """
-    _check(q, k, v, groups)
+    if one_query and causal:
+        raise ValueError("one query sees all of its sequence, so causal has no meaning for it")
+    queries = _one_each(groups) if one_query else groups
+    _check(q, k, v, queries, groups)
     with span(ATTENTION):
-        return _attend(q, k, v, groups, scale, p, causal)
+        return _attend(q, k, v, queries, groups, scale, p, causal)
+
+
+def _one_each(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups of the queries where each sequence has one."""
+    ends = [0, *itertools.accumulate(group.count for group in groups)]
+    return tuple(Group(a, b, b - a, 1) for a, b in itertools.pairwise(ends))
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float, p: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Sequence[Group],
+    groups: Sequence[Group],
+    scale: float,
+    p: float,
+    causal: bool,
 ) -> Tensor:
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if q.device.type == "cpu" and rounded(p):
-        out: Tensor = _DroppedAttention.apply(q, k, v, groups, scale, p, causal)  # type: ignore[no-untyped-call]
+        out: Tensor = _DroppedAttention.apply(q, k, v, queries, groups, scale, p, causal)  # type: ignore[no-untyped-call]
         return out
     q, k = q.to(v.dtype), k.to(v.dtype)
-    parts = [_stock(q, k, v, group, scale, p, causal) for group in groups]
-    if rest := q.shape[0] - groups[-1].end:
+    pairs = zip(queries, groups, strict=True)
+    parts = [_stock(q, k, v, asking, group, scale, p, causal) for asking, group in pairs]
+    if rest := q.shape[0] - queries[-1].end:
         parts.append(v.new_zeros(rest, *q.shape[1:]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group]) -> None:
-    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, queries: Sequence[Group], groups: Sequence[Group]
+) -> None:
+    one_query = queries is not groups
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
     if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q must be [T, heads, d], k and v [T, heads / n, d]; got {(*q.shape,)}, "
             f"{(*k.shape,)}, {(*v.shape,)}"
         )
     ends = [0] + [g.end for g in groups]
-    if [g.start for g in groups] != ends[:-1] or not 0 < ends[-1] <= q.shape[0]:
-        raise ValueError(f"the groups must cover tokens from the first of {q.shape[0]}, each once")
+    if [g.start for g in groups] != ends[:-1] or not 0 < ends[-1] <= k.shape[0]:
+        raise ValueError(f"the groups must cover tokens from the first of {k.shape[0]}, each once")
+    wanted = queries[-1].end if one_query else k.shape[0]
+    if q.shape[0] != wanted:
+        raise ValueError(f"q must be of {wanted} tokens, got {q.shape[0]}")
 
 
 def _spread(x: Tensor, group: Group) -> Tensor:
@@ -157,9 +183,17 @@ def _spread(x: Tensor, group: Group) -> Tensor:
 
 
 def _stock(
-    q: Tensor, k: Tensor, v: Tensor, group: Group, scale: float, p: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    asking: Group,
+    group: Group,
+    scale: float,
+    p: float,
+    causal: bool,
 ) -> Tensor:
-    q, k, v = (_spread(t, group).transpose(1, 2) for t in (q, k, v))
+    q = _spread(q, asking).transpose(1, 2)
+    k, v = (_spread(t, group).transpose(1, 2) for t in (k, v))
     mask = None
     if group.absent is not None and not causal:  # causal: what is absent comes after
         mask = ~group.absent[:, None, None, :]
@@ -167,7 +201,7 @@ def _stock(
         q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal, scale=scale
     )
     flat = out.transpose(1, 2).flatten(0, 1)  # [count * longest, h, d]
-    return flat if group.places is None else flat.index_select(0, group.places)
+    return flat if asking.places is None else flat.index_select(0, asking.places)
 
 
 class _DroppedAttention(torch.autograd.Function):
@@ -183,6 +217,7 @@ class _DroppedAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        queries: Sequence[Group],
         groups: Sequence[Group],
         scale: float,
         p: float,
@@ -191,39 +226,39 @@ class _DroppedAttention(torch.autograd.Function):
         saved = []
         keep = keep_scale(p)
         out = v.new_empty(q.shape)
-        out[groups[-1].end :] = 0
+        out[queries[-1].end :] = 0
         with torch.autocast(q.device.type, enabled=False):
-            for group in groups:
-                Q, K, V = (_heads(t, group) for t in (q, k, v))
+            for asking, group in zip(queries, groups, strict=True):
+                Q, K, V = _heads(q, asking), _heads(k, group), _heads(v, group)
                 bias = _bias(group, q.shape[1], causal)
                 P = torch.baddbmm(bias, Q, K.transpose(1, 2), alpha=scale).softmax(-1)
                 mask = draw_mask(P.shape, p, torch.int8, draw_seed())
                 D = mask.to(P.dtype).mul_(P)
-                _put(torch.bmm(D, V).mul_(keep), group, out)
+                _put(torch.bmm(D, V).mul_(keep), asking, out)
                 saved += [Q, K, V, P, mask]
         ctx.save_for_backward(*saved)
-        ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
-        ctx.shape, ctx.dtypes = q.shape, tuple(t.dtype for t in (q, k, v))
+        ctx.queries, ctx.groups, ctx.scale, ctx.keep = queries, groups, scale, keep
+        ctx.like = tuple((t.shape, t.dtype) for t in (q, k, v))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
-            torch.empty(ctx.shape, dtype=dtype) if need else None
-            for need, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)
+            torch.empty(shape, dtype=dtype) if need else None
+            for need, (shape, dtype) in zip(ctx.needs_input_grad, ctx.like, strict=False)
         ]
-        for grad in grads:
+        for grad, covered in zip(grads, (ctx.queries, ctx.groups, ctx.groups), strict=True):
             if grad is not None:
-                grad[ctx.groups[-1].end :] = 0
+                grad[covered[-1].end :] = 0
         dq, dk, dv = grads
         with span(ATTENTION), torch.autocast(dout.device.type, enabled=False):
-            for i, group in enumerate(ctx.groups):
+            for i, (asking, group) in enumerate(zip(ctx.queries, ctx.groups, strict=True)):
                 Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
-                dO = _heads(dout, group).mul_(ctx.keep)
-                if group.absent is not None:
-                    dO.view(group.count, -1, *dO.shape[1:]).masked_fill_(
-                        group.absent[:, None, :, None], 0.0
+                dO = _heads(dout, asking).mul_(ctx.keep)
+                if asking.absent is not None:
+                    dO.view(asking.count, -1, *dO.shape[1:]).masked_fill_(
+                        asking.absent[:, None, :, None], 0.0
                     )
                 kept = mask.to(P.dtype)
                 if dq is not None or dk is not None:
@@ -232,10 +267,10 @@ class _DroppedAttention(torch.autograd.Function):
                 if dv is not None:
                     _put(torch.bmm(kept.mul_(P).transpose(1, 2), dO), group, dv)
                 if dq is not None:
-                    _put(torch.bmm(dS, K), group, dq)
+                    _put(torch.bmm(dS, K), asking, dq)
                 if dk is not None:
                     _put(torch.bmm(dS.transpose(1, 2), Q), group, dk)
-        return (dq, dk, dv, *[None] * 4)
+        return (dq, dk, dv, *[None] * 5)
 
 
 def _heads(x: Tensor, group: Group) -> Tensor:

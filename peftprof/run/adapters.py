@@ -21,7 +21,7 @@ import torch
 from peftprof.config import RunConfig
 from peftprof.errors import ConfigError, DeviceError, InputError, TrainingError
 from peftprof.records import Trainable
-from peftprof.run import crossovers
+from peftprof.run import crossovers, narrow
 from peftprof.run.model import DTYPES, Family, unpacked_size
 from peftprof_kernels import (
     NF4Weight,
@@ -69,7 +69,8 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     if config.kernels == "triton":
         crossovers.use_stored(torch.device(config.device))
     if config.kernels != "bnb":
-        use_our_kernels(adapted, config)
+        apart = narrow.attention(model, family) if config.padding == "packed" else None
+        use_our_kernels(adapted, config, apart)
     return adapted
 
 
@@ -165,8 +166,11 @@ def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from own.tensors()[1:]  # the first are the packed weights themselves
 
 
-def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
-    """Give every adapted and every NF4 linear of `model` our forward, in place."""
+def use_our_kernels(model: torch.nn.Module, config: RunConfig, apart: Any = None) -> None:
+    """Give every adapted and every NF4 linear of `model` our forward, in place.
+
+    `apart` is a module whose linears do not get one input, though they bear such names.
+    """
     if config.device == "cpu" and config.method == "qlora":
         _use_native_dequantise(model)
     inside: set[Any] = set()
@@ -175,7 +179,7 @@ def use_our_kernels(model: torch.nn.Module, config: RunConfig) -> None:
             name: layer for name, layer in parent.named_children() if _is_adapted(layer)
         }
         inside.update(layer.get_base_layer() for layer in adapted.values())
-        for names in SHARE_INPUT:
+        for names in SHARE_INPUT if parent is not apart else ():
             if len(together := [adapted.pop(name) for name in names if name in adapted]):
                 _Siblings(together, config)
         for layer in adapted.values():

@@ -2,8 +2,8 @@
 
 The models are transformers' own and unchanged but for two things. Their attention is asked
 for by name and gets the batch's segments through the keyword arguments that transformers
-hands down; and what leaves the last layer is, for each sequence, the one token that the
-classifier reads. Everything between works token by token and needs nothing.
+hands down; and what leaves the last layer (`narrow`) is, for each sequence, the one token
+that the classifier reads. Everything between works token by token and needs nothing.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from peftprof.config import RunConfig
-from peftprof.run import graphs
+from peftprof.run import graphs, narrow
 from peftprof.run.batches import Part
 from peftprof.run.model import Family
 from peftprof_kernels import packed_attention
@@ -55,13 +55,18 @@ def multiple(config: RunConfig) -> int:
     return BUCKET if new_code or graphs.possible(config) is None else 1
 
 
-def prepare(classifier: Any, family: Family) -> None:
-    """Let `classifier`, a transformers sequence classifier, take packed parts, in place."""
+def prepare(model: Any, family: Family) -> None:
+    """Let `model`, a transformers sequence classifier or PEFT's of one, take packed parts.
+
+    In place, and after adapters are attached (`narrow`).
+    """
     _register()
+    classifier = _classifier(model)
     classifier.set_attn_implementation(ATTENTION)
     if family.pools == "first":
         stack = classifier.get_submodule(family.layers.rpartition(".")[0])
         stack.register_forward_hook(_first_tokens, with_kwargs=True)
+        narrow.prepare(classifier, family)
 
 
 def logits(model: Any, part: Part) -> torch.Tensor:
@@ -69,7 +74,7 @@ def logits(model: Any, part: Part) -> torch.Tensor:
     if part.segments is None:
         padded: torch.Tensor = model(**part.inputs).logits
         return padded
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    classifier = _classifier(model)
     inputs = part.inputs | {"segments": part.segments}
     if hasattr(classifier, "score"):  # causal: the head alone, on the last tokens
         hidden = getattr(classifier, classifier.base_model_prefix)(**inputs).last_hidden_state
@@ -79,11 +84,14 @@ def logits(model: Any, part: Part) -> torch.Tensor:
     return pooled
 
 
+def _classifier(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _first_tokens(stack: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Each sequence's first token as a batch of sequences of one, for stock code to pool."""
-    segments = kwargs.get("segments")
-    if segments is not None:
-        output["last_hidden_state"] = output.last_hidden_state[0, segments.first][:, None]
+    if kwargs.get("segments") is not None:
+        output["last_hidden_state"] = output.last_hidden_state.transpose(0, 1)
     return output
 
 
@@ -108,6 +116,9 @@ def _attention(
         return padded
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, d]
     causal = further.get("is_causal")
+    last = narrow.of(module)
+    if last is not None:
+        k, v = last.keys_and_values(k.shape[1:])
     out = packed_attention(
         q,
         k,
@@ -116,6 +127,7 @@ def _attention(
         q.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout,
         bool(getattr(module, "is_causal", True) if causal is None else causal),
+        one_query=last is not None,
     )
     return out[None], None
 

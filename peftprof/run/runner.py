@@ -94,9 +94,9 @@ class Prepared:
             self.tokenizer.pad_token_id,
         )
         info = models.describe(self.source, model)
-        if config.padding == "packed":
-            packing.prepare(model, self.family)
         adapted = adapters.attach(model, config, self.family)
+        if config.padding == "packed":
+            packing.prepare(adapted, self.family)
         frugal.prepare(adapted, config)
         return make_trainee(config, adapted, self.train, self.validation), info
 

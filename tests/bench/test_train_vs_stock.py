@@ -23,7 +23,7 @@ from bench.train_vs_stock_figures import (
     summary,
 )
 from bench.train_vs_stock_flops import ModelFlops
-from peftprof.run import runner
+from peftprof.run import packing, runner
 from peftprof.run.loop import WARMUP_STEPS
 
 LORA, QLORA = Cell("lora", "fp32"), Cell("qlora", "fp32")
@@ -161,6 +161,36 @@ def test_the_flops_are_those_that_torch_counts(method, small_run):
     # The first layer's key needs no gradient where nothing below it is trained.
     key = 0 if method == "full" else 2 * length * length * hidden * examples
     assert counted.of_step([length] * examples) == counter.get_total_flops() - outside + key
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_our_steps_take_the_model_flops_and_no_more(method, family, small_run):
+    """Of sequences of one length, so that attention pads nothing; its dropout makes its
+    products ones that torch counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small_run(method, family, padding="packed", dropout=0.0)
+    prepared = runner.prepare(config)
+    batches, length = prepared.train, 9
+    batches.columns = {n: [row[:length] for row in rows] for n, rows in batches.columns.items()}
+    chosen = [i for i, row in enumerate(batches.columns["input_ids"]) if len(row) == length][:6]
+    batches.lengths = [len(row) for row in batches.columns["input_ids"]]
+    (part,) = batches.collate(chosen).parts
+    assert (len(chosen), part.inputs["input_ids"].shape[1]) == (6, 6 * length)
+    trainee, _ = prepared.build()
+    with FlopCounterMode(display=False) as counter:
+        packing.logits(trainee.model, part).sum().backward()
+    net = stock_trainer.load(prepared).train()
+    inputs = {"input_ids": torch.stack([batches.columns["input_ids"][i] for i in chosen])}
+    counted = ModelFlops.of(net, prepared.family.layers, inputs, narrow=True)
+    hidden = counted.hidden
+    outside = 2 * 6 * 3 * (hidden * hidden + 2 * hidden)  # pooler or pre_classifier, classifier
+    if method == "lora":
+        if family == "bert":
+            outside -= 2 * 6 * hidden * hidden  # the pooler is frozen
+        outside -= 2 * length * length * hidden * 6  # the first layer's keys need no gradient
+    assert counter.get_total_flops() == counted.of_step([length] * 6) + outside
 
 
 def test_stock_draws_the_examples_of_our_batches(small_run):

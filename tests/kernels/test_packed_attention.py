@@ -110,12 +110,42 @@ def test_tokens_of_no_sequence_are_zero_and_learn_nothing(p):
         assert tensor.grad[:8].any()
 
 
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.sampled_from([(4, 1), (4, 2)]), st.sampled_from([0, 50, 10**6]))
+@pytest.mark.parametrize("p", [0.0, 1e-5])
+def test_one_query_each_is_that_query_among_all(p, lengths, heads, cost):
+    """Dropout of 1e-5, one value of a draw: drops next to nothing, but in the code with masks."""
+    q, k, v = (t.requires_grad_() for t in tensors(lengths, *heads))
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    expected = alone(q, k, v, lengths, 0.3, False)[first]
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    ours = [t.detach().float() for t in (q[first], k, v)]
+    # A token of no sequence at the end, as packed batches have them.
+    ours[1:] = [torch.cat([t, torch.ones(1, *t.shape[1:])]) for t in ours[1:]]
+    ours = [t.requires_grad_() for t in ours]
+    torch.manual_seed(0)
+    out = packed_attention(*ours, grouped(lengths, cost), 0.3, p, one_query=True)
+    assert torch.allclose(out.double(), expected, atol=2e-5)
+    dq, dk, dv = torch.autograd.grad((out * weights.float()).sum(), ours)
+    assert torch.allclose(dq.double(), wanted[0][first], atol=2e-4)
+    for a, b in zip((dk, dv), wanted[1:], strict=True):
+        assert torch.allclose(a[:-1].double(), b, atol=2e-4)
+        assert not a[-1].any()
+
+
 def test_what_does_not_fit_is_refused():
     q, k, v = (t.float() for t in tensors([3, 5], 2, 1))
     with pytest.raises(ValueError, match="cover tokens"):
         packed_attention(q, k, v, grouped([3, 6]), 1.0)
     with pytest.raises(ValueError, match="q must be"):
         packed_attention(q, k[:, :0], v[:, :0], grouped([3, 5]), 1.0)
+    with pytest.raises(ValueError, match="of 8 tokens, got 2"):
+        packed_attention(q[:2], k, v, grouped([3, 5]), 1.0)
+    with pytest.raises(ValueError, match="of 2 tokens, got 8"):
+        packed_attention(q, k, v, grouped([3, 5]), 1.0, one_query=True)
+    with pytest.raises(ValueError, match="causal"):
+        packed_attention(q[:2], k, v, grouped([3, 5]), 1.0, causal=True, one_query=True)
 
 
 @settings(deadline=None)

@@ -174,8 +174,9 @@ def backwards(part):
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "llama"])
 def test_attention_across_sequences_would_be_noticed(family, pair, tiny, monkeypatch):
-    def borderless(q, k, v, groups, *further):
-        return real(q, k, v, grouped([groups[-1].end]), *further)
+    def borderless(q, k, v, groups, *further, one_query):
+        whole = groups if one_query else grouped([groups[-1].end])
+        return real(q, k, v, whole, *further, one_query=one_query)
 
     real = packing.packed_attention
     monkeypatch.setattr(packing, "packed_attention", borderless)

@@ -56,9 +56,13 @@ def test_query_and_value_of_every_layer_are_a_group(method, family, siblings):
     named = {id(m): n for n, m in trainee.model.named_modules() if id(m) in layers}
     for group in groups:
         leaves = tuple(named[id(layer)].rpartition(".")[2] for layer in group.layers)
-        assert leaves == FAMILIES[family]
         assert len({named[id(layer)].rpartition(".")[0] for layer in group.layers}) == 1
-    assert len(groups) == 2  # of two layers
+        apart = family != "llama" and ".1." in named[id(group.layers[0])]
+        assert leaves == FAMILIES[family] or (
+            apart and leaves in [(name,) for name in FAMILIES[family]]
+        )
+    # Of two layers; an encoder's last has its query for fewer tokens than its value.
+    assert len(groups) == (2 if family == "llama" else 3)
 
 
 def test_a_target_without_siblings_is_alone(siblings):
