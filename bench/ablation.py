@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.command import make_console
 from peftprof.config import METHODS, RunConfig, make_config
-from peftprof.run import adapters, frugal, loop, packing, runner
+from peftprof.run import adapters, frugal, loop, narrow, packing, runner
 
 ALL = "all on"
 
@@ -44,13 +44,21 @@ def _stock_dropout(_: dict[str, Any]) -> None:
 
 
 def _torch_bits(_: dict[str, Any]) -> None:
-    module = sys.modules["peftprof_kernels.dropout"]
+    def draw(_: Any, n: int) -> Any:
+        words = torch.empty((n + 7) // 8, dtype=torch.int64)
+        return words.random_(-(2**63), None).view(torch.int8)[:n].numpy()
 
-    def draw(self: Any, count: int) -> torch.Tensor:
-        words = torch.empty((count + 3) // 4, dtype=torch.int64)
-        return words.random_(-(2**63), None).view(torch.int16)[:count]
+    vars(sys.modules["peftprof_kernels.dropout"])["random_bytes"] = draw
 
-    module._Bits.draw = draw  # type: ignore[attr-defined]
+
+def _whole_last_layer(_: dict[str, Any]) -> None:
+    def first_tokens(stack: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if (segments := kwargs.get("segments")) is not None:
+            output["last_hidden_state"] = output.last_hidden_state[0, segments.first][:, None]
+        return output
+
+    vars(packing)["_first_tokens"] = first_tokens
+    vars(narrow)["prepare"] = lambda *_: None
 
 
 def _any_length(_: dict[str, Any]) -> None:
@@ -86,6 +94,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, 
     "attention padded to one length": (METHODS, ("fp32", "bf16"), _one_group),
     "torch's dropout": (METHODS, ("fp32", "bf16"), _stock_dropout),
     "random bits from torch": (METHODS, ("fp32", "bf16"), _torch_bits),
+    "last layer for all tokens": (METHODS, ("fp32", "bf16"), _whole_last_layer),
     "any number of tokens": (METHODS, ("bf16",), _any_length),
     "frozen weights rounded in each step": (("lora",), ("bf16",), _round_each_step),
     "each adapter by itself": (("lora", "qlora"), ("fp32", "bf16"), _apart),

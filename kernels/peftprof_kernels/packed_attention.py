@@ -14,15 +14,15 @@ probabilities: O = drop(softmax(scale Q K^T)) V.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftprof_kernels.dropout import draw_mask, draw_seed, keep_scale, rounded
+from peftprof_kernels.dropout import rounded
+from peftprof_kernels.dropped_attention import dropped_attention
 from peftprof_kernels.spans import ATTENTION, span
 
 # What one more group costs, in rows x columns of scores of a head: the calls that it takes
@@ -50,6 +50,8 @@ class Group:
     rows: Tensor | None = None
     places: Tensor | None = None
     absent: Tensor | None = None
+    # What `dropped_attention` works out of the groups that this is the first of, by heads.
+    layouts: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Group":
         """The group with its tensors on `device`."""
@@ -146,8 +148,7 @@ def _attend(
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if q.device.type == "cpu" and rounded(p):
-        out: Tensor = _DroppedAttention.apply(q, k, v, queries, groups, scale, p, causal)  # type: ignore[no-untyped-call]
-        return out
+        return dropped_attention(q, k, v, queries, groups, scale, p, causal)
     q, k = q.to(v.dtype), k.to(v.dtype)
     pairs = zip(queries, groups, strict=True)
     parts = [_stock(q, k, v, asking, group, scale, p, causal) for asking, group in pairs]
@@ -202,102 +203,3 @@ def _stock(
     )
     flat = out.transpose(1, 2).flatten(0, 1)  # [count * longest, h, d]
     return flat if asking.places is None else flat.index_select(0, asking.places)
-
-
-class _DroppedAttention(torch.autograd.Function):
-    """With P = softmax(scale Q K^T), D its dropout and O = D V:
-
-    dV = D^T dO, dD = dO V^T, dP = dropout's backward of dD, dS = P (dP - rowsum(dP P)),
-    dQ = scale dS K, dK = scale dS^T Q.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Sequence[Group],
-        groups: Sequence[Group],
-        scale: float,
-        p: float,
-        causal: bool,
-    ) -> Tensor:
-        saved = []
-        keep = keep_scale(p)
-        out = v.new_empty(q.shape)
-        out[queries[-1].end :] = 0
-        with torch.autocast(q.device.type, enabled=False):
-            for asking, group in zip(queries, groups, strict=True):
-                Q, K, V = _heads(q, asking), _heads(k, group), _heads(v, group)
-                bias = _bias(group, q.shape[1], causal)
-                P = torch.baddbmm(bias, Q, K.transpose(1, 2), alpha=scale).softmax(-1)
-                mask = draw_mask(P.shape, p, torch.int8, draw_seed())
-                D = mask.to(P.dtype).mul_(P)
-                _put(torch.bmm(D, V).mul_(keep), asking, out)
-                saved += [Q, K, V, P, mask]
-        ctx.save_for_backward(*saved)
-        ctx.queries, ctx.groups, ctx.scale, ctx.keep = queries, groups, scale, keep
-        ctx.like = tuple((t.shape, t.dtype) for t in (q, k, v))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [
-            torch.empty(shape, dtype=dtype) if need else None
-            for need, (shape, dtype) in zip(ctx.needs_input_grad, ctx.like, strict=False)
-        ]
-        for grad, covered in zip(grads, (ctx.queries, ctx.groups, ctx.groups), strict=True):
-            if grad is not None:
-                grad[covered[-1].end :] = 0
-        dq, dk, dv = grads
-        with span(ATTENTION), torch.autocast(dout.device.type, enabled=False):
-            for i, (asking, group) in enumerate(zip(ctx.queries, ctx.groups, strict=True)):
-                Q, K, V, P, mask = ctx.saved_tensors[5 * i : 5 * i + 5]
-                dO = _heads(dout, asking).mul_(ctx.keep)
-                if asking.absent is not None:
-                    dO.view(asking.count, -1, *dO.shape[1:]).masked_fill_(
-                        asking.absent[:, None, :, None], 0.0
-                    )
-                kept = mask.to(P.dtype)
-                if dq is not None or dk is not None:
-                    dP = torch.bmm(dO, V.transpose(1, 2)).mul_(kept)
-                    dS = torch._softmax_backward_data(dP, P, -1, P.dtype).mul_(ctx.scale)
-                if dv is not None:
-                    _put(torch.bmm(kept.mul_(P).transpose(1, 2), dO), group, dv)
-                if dq is not None:
-                    _put(torch.bmm(dS, K), asking, dq)
-                if dk is not None:
-                    _put(torch.bmm(dS.transpose(1, 2), Q), group, dk)
-        return (dq, dk, dv, *[None] * 5)
-
-
-def _heads(x: Tensor, group: Group) -> Tensor:
-    """The group's rows of x [T, h, d], in fp32, as [count * h, longest, d] with its own memory."""
-    spread = _spread(x, group)
-    count, longest, h, d = spread.shape
-    out = torch.empty(count, h, longest, d, dtype=torch.float32, device=x.device)
-    return out.copy_(spread.transpose(1, 2)).view(-1, longest, d)
-
-
-def _put(x: Tensor, group: Group, out: Tensor) -> None:
-    """Write x [count * h, longest, d] as the group's rows of out [T, h, d]."""
-    h, d = out.shape[1:]
-    rows = out[group.start : group.end]
-    by_row = x.view(group.count, h, group.longest, d).transpose(1, 2)
-    if group.places is None:
-        rows.view(by_row.shape).copy_(by_row)
-    else:
-        torch.index_select(by_row.to(out.dtype).reshape(-1, h, d), 0, group.places, out=rows)
-
-
-def _bias(group: Group, heads: int, causal: bool) -> Tensor:
-    """Zero, and minus infinity where a query must not look; broadcasts to the scores."""
-    longest = group.longest
-    if causal:
-        return torch.full((longest, longest), -torch.inf).triu_(1)
-    if group.absent is None:
-        return torch.zeros(())
-    bias = torch.zeros(group.count, 1, longest).masked_fill_(group.absent[:, None], -torch.inf)
-    return bias.repeat_interleave(heads, 0)  # [count * heads, 1, longest]

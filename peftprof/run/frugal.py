@@ -16,7 +16,7 @@ def prepare(model: torch.nn.Module, config: RunConfig) -> None:
     """Change how `model` computes, in place; what it computes stays as it is.
 
     Frozen dense weights are rounded to the run's precision once, where autocast would round
-    them in every step. On a CPU, dropout draws 16 random bits an element and keeps a byte,
+    them in every step. On a CPU, dropout draws 8 random bits an element and keeps a byte,
     where torch's draws more and keeps a mask of the input's size.
     """
     if config.method == "lora" and config.precision != "fp32":

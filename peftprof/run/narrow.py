@@ -73,7 +73,7 @@ class LastLayer:
 
     def keys_and_values(self, heads: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of all tokens, [T, *heads]; the layer itself saw as many as it has queries."""
-        keys, values = (self.made.pop(name)[0] for name in ("keys", "values"))
+        keys, values = (self.made.pop(name) for name in ("keys", "values"))
         return keys.view(-1, *heads), values.view(-1, *heads)
 
     def _narrow(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -114,7 +114,8 @@ def _attention(
             module, query, key, value, attention_mask, dropout, scaling, **further
         )
         return padded
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, d]
+    # [T, heads, d]. Not t[0]: its backward writes the gradient into zeros, in another layout.
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     causal = further.get("is_causal")
     last = narrow.of(module)
     if last is not None:

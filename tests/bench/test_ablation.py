@@ -30,7 +30,7 @@ def test_a_variant_runs(variant):
 
 def test_what_a_variant_replaces_is_there():
     """A renamed function would leave the saving on, and its worth would read as nothing."""
-    from peftprof.run import adapters, batches, frugal, loop, packing
+    from peftprof.run import adapters, batches, frugal, loop, narrow, packing
     from peftprof_kernels import dropout  # noqa: F401
 
     assert hasattr(batches, "grouped")
@@ -40,4 +40,6 @@ def test_what_a_variant_replaces_is_there():
     assert hasattr(adapters, "SHARE_INPUT")
     assert hasattr(adapters, "_use_native_dequantise")
     assert hasattr(loop.Trainee, "_update")
-    assert hasattr(sys.modules["peftprof_kernels.dropout"]._Bits, "draw")
+    assert hasattr(sys.modules["peftprof_kernels.dropout"], "random_bytes")
+    assert hasattr(packing, "_first_tokens")
+    assert hasattr(narrow, "prepare")

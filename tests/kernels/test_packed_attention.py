@@ -1,11 +1,14 @@
 """Packed attention against float64 attention of each sequence by itself."""
 
+import dataclasses
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftprof_kernels import dropout, grouped, packed_attention
+from peftprof_kernels import dropout, dropped_attention, grouped, packed_attention
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(sorted)
 
@@ -87,6 +90,25 @@ def test_dropout_keeps_the_expectation_of_attention():
     assert torch.allclose(mean, packed_attention(q, k, v, groups, 0.3), atol=0.06)
 
 
+def test_what_is_worked_out_of_groups_is_of_those_groups():
+    """It is kept at the first of them, which another batch may begin with too."""
+    q, k, v = (t.float() for t in tensors([2, 3, 9, 9], 2, 1))
+    a, b = grouped([2, 3], 10**6)[0], grouped([9, 9], 0)[0]
+    b = dataclasses.replace(b, start=5, end=23)
+    for groups, end in (((a,), 5), ((a, b), 23), ((a,), 5)):
+        for heads in (2, 1):
+            x, y, z = (t[:end, :heads].contiguous() for t in (q, k, v))
+            expected = packed_attention(x, y, z, groups, 0.3)
+            with patch.object(dropped_attention, "draw_mask", lambda shape, *_: keeps(shape)):
+                found = packed_attention(x, y, z, groups, 0.3, 1e-5)
+            assert torch.allclose(found, expected, atol=1e-4)
+    assert sorted(a.layouts) == [1, 2]
+
+
+def keeps(shape):
+    return torch.ones(shape, dtype=torch.int8)
+
+
 def test_groups_weigh_padding_against_calls():
     lengths = [3, 3, 3, 50, 50]
     assert [(g.count, g.longest) for g in grouped(lengths, 0)] == [(3, 3), (2, 50)]
@@ -114,7 +136,7 @@ def test_tokens_of_no_sequence_are_zero_and_learn_nothing(p):
 @given(LENGTHS, st.sampled_from([(4, 1), (4, 2)]), st.sampled_from([0, 50, 10**6]))
 @pytest.mark.parametrize("p", [0.0, 1e-5])
 def test_one_query_each_is_that_query_among_all(p, lengths, heads, cost):
-    """Dropout of 1e-5, one value of a draw: drops next to nothing, but in the code with masks."""
+    """With p in the code that has masks, which here keep everything: 1 - p is next to 1."""
     q, k, v = (t.requires_grad_() for t in tensors(lengths, *heads))
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     expected = alone(q, k, v, lengths, 0.3, False)[first]
@@ -124,8 +146,8 @@ def test_one_query_each_is_that_query_among_all(p, lengths, heads, cost):
     # A token of no sequence at the end, as packed batches have them.
     ours[1:] = [torch.cat([t, torch.ones(1, *t.shape[1:])]) for t in ours[1:]]
     ours = [t.requires_grad_() for t in ours]
-    torch.manual_seed(0)
-    out = packed_attention(*ours, grouped(lengths, cost), 0.3, p, one_query=True)
+    with patch.object(dropped_attention, "draw_mask", lambda shape, *_: keeps(shape)):
+        out = packed_attention(*ours, grouped(lengths, cost), 0.3, p, one_query=True)
     assert torch.allclose(out.double(), expected, atol=2e-5)
     dq, dk, dv = torch.autograd.grad((out * weights.float()).sum(), ours)
     assert torch.allclose(dq.double(), wanted[0][first], atol=2e-4)
@@ -162,6 +184,19 @@ def test_dropout_drops_the_share_it_says_and_backward_the_same(p, dtype):
     if kept:
         assert float(y.detach().max()) == pytest.approx(1 / (1 - p), rel=1e-2)
     assert dropout(x, p, training=False) is x
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.9])
+def test_neighbours_are_dropped_independently(p):
+    """Where a byte alone decides, and where points that are thrown do."""
+    torch.manual_seed(2)
+    n = 4_000_000
+    dropped = dropout(torch.ones(n), p) == 0
+    rate = float(dropped.double().mean())
+    assert rate == pytest.approx(p, abs=5 * (p * (1 - p) / n) ** 0.5 + 2**-16)
+    for distance in (1, 2, 7, 8, 9, 64):
+        both = float((dropped[:-distance] & dropped[distance:]).double().mean())
+        assert both == pytest.approx(p * p, abs=6 * (p * p / n) ** 0.5 + 2**-15)
 
 
 def test_dropout_refuses_what_is_no_probability():
