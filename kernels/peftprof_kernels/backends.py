@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from peftprof_kernels import ops as _registered  # noqa: F401  defines torch.ops.peftprof
-from peftprof_kernels.nf4 import NF4Weight
-from peftprof_kernels.spans import BASE_GEMM, LORA_A, LORA_DA, LORA_DB, LORA_DX, span
+from peftprof_kernels.nf4 import NF4Weight, block_scales, native_dequantize
+from peftprof_kernels.spans import BASE_GEMM, DEQUANT, LORA_A, LORA_DA, LORA_DB, LORA_DX, span
 
 Base = Tensor | NF4Weight
 
@@ -190,22 +190,42 @@ def get_backend(name: str, x: Tensor, dtype: torch.dtype) -> Backend:
 
 def base_forward(x: Tensor, base: Base, bias: Tensor | None, backend: Backend) -> Tensor:
     """X W^T + bias, [M, K] -> [M, N] in x's dtype."""
-    if isinstance(base, NF4Weight):
+    if isinstance(base, NF4Weight) and not _at_once(x, backend):
         y: Tensor = _ops.nf4_linear(x, base.tensors(), base.layout(), bias, backend.name)
         return y
-    weight = base.to(x.dtype)
+    weight = _dense(base, x.dtype)
     with span(BASE_GEMM):
         return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def base_backward(dy: Tensor, base: Base, backend: Backend) -> Tensor:
     """dY W, [M, N] -> [M, K] in dy's dtype."""
-    if isinstance(base, NF4Weight):
+    if isinstance(base, NF4Weight) and not _at_once(dy, backend):
         dx: Tensor = _ops.nf4_linear_dx(dy, base.tensors(), base.layout(), backend.name)
         return dx
-    weight = base.to(dy.dtype)
+    weight = _dense(base, dy.dtype)
     with span(BASE_GEMM):
         return dy @ weight
+
+
+def _at_once(x: Tensor, backend: Backend) -> bool:
+    """Whether an NF4 product is made here of its two steps, and not as one operator.
+
+    On a CPU, where nothing needs to know it as one, a call of an operator is time in which
+    nothing is computed.
+    """
+    eager = not torch.compiler.is_compiling()
+    return eager and backend.name == "torch" and x.device.type == "cpu"
+
+
+def _dense(base: Base, dtype: torch.dtype) -> Tensor:
+    if isinstance(base, Tensor):
+        return base.to(dtype)
+    native = native_dequantize()
+    if native is None or base.shape[1] % base.blocksize:
+        return dequantize(base, dtype)
+    with span(DEQUANT):
+        return native(base, block_scales(base), dtype)
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype, backend: str = "torch") -> Tensor:
