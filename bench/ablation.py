@@ -1,15 +1,17 @@
 """What is each saving in a training step worth? Each switched off alone, against all on.
 
-    python -m bench.ablation [--methods lora,qlora] [--precision bf16] [--rounds 3]
+    python -m bench.ablation [--methods lora,qlora] [--precision bf16] [--steps 40]
 
-Every run is a process of its own; a round runs every variant once, every second round
-backwards, with all savings on at both ends. The figure of a variant is its median step over
-that of all on, in the same round; where it does not exceed how far the two runs with all on
-lay apart, it is no difference. Steps after the first five count. docs/speed.md has what
-each was predicted to be worth.
+Two processes, one with all savings on and one with one of them off, train the same steps in
+turn, step by step, one waiting while the other computes; which goes first changes every time.
+So what disturbs the machine for longer than a step disturbs both. The figure is the median
+over steps of a step's time over the same step's with all on, and the quartiles; the first
+five steps do not count. The first line is all on against all on: a figure inside its quartiles
+is no difference. docs/speed.md has what each was predicted to be worth.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from bench.command import make_console
 from peftprof.config import METHODS, RunConfig, make_config
-from peftprof.run import adapters, frugal, loop, narrow, packing, runner
+from peftprof.run import adapters, environment, frugal, loop, narrow, packing, runner
 
 ALL = "all on"
 
@@ -103,53 +105,77 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[dict[str, 
 }
 
 
-def run(config: RunConfig) -> dict[str, float]:
-    """The median step of a run, in milliseconds, after the warm-up."""
+def serve(config: RunConfig) -> None:
+    """Take a step for each line of stdin, and print how many seconds it took."""
     trainee, _ = runner.prepare(config).build()
-    durations = []
-    for number in range(config.max_steps or 1):
-        started = time.perf_counter_ns()
+    for number, _ in enumerate(sys.stdin):
+        started = time.perf_counter()
         trainee.step(number)
         trainee.optimizer.zero_grad(set_to_none=True)
-        durations.append((time.perf_counter_ns() - started) / 1e6)
-    counted = durations[loop.WARMUP_STEPS :]
-    return {"p50_ms": statistics.median(counted), "mean_ms": statistics.mean(counted)}
+        print(time.perf_counter() - started, flush=True)
 
 
-def _child(variant: str, settings: dict[str, Any]) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "bench.ablation", "--child"]
-    done = subprocess.run(
-        [*command, json.dumps([variant, settings])], capture_output=True, text=True, check=True
-    )
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+class Worker:
+    """A process that trains with one saving off, a step whenever it is asked."""
+
+    def __init__(self, variant: str, settings: dict[str, Any]) -> None:
+        self.variant = variant
+        command = [sys.executable, "-W", "ignore", "-m", "bench.ablation", "--child"]
+        self.process = subprocess.Popen(
+            [*command, json.dumps([variant, settings])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def step(self) -> float:
+        """Seconds of the next step. Raises RuntimeError when the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # told below, and the reason by the process
+            print(file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the run of {self.variant!r} ended")
+        return float(answer)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # end of its input
 
 
-def measure(settings: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """For each variant its mean step over that of all on, by round; ALL is the self-pair."""
+def applicable(settings: dict[str, Any], wanted: list[str] | None) -> list[str]:
+    """The variants that change something for this method and precision, of those wanted."""
     method, precision = settings["method"], settings["precision"]
     names = [n for n, (m, p, _) in VARIANTS.items() if method in m and precision in p]
-    ratios: dict[str, list[float]] = {name: [] for name in (ALL, *names)}
-    for number in range(rounds):
-        first = _child(ALL, settings)
-        between = {n: _child(n, settings) for n in (names if number % 2 == 0 else names[::-1])}
-        last = _child(ALL, settings)
-        base = (first["mean_ms"] + last["mean_ms"]) / 2
-        ratios[ALL].append(max(first["mean_ms"], last["mean_ms"]) / base)
-        for name, result in between.items():
-            ratios[name].append(result["mean_ms"] / base)
-        print(f"round {number + 1}: all on {base:.1f} ms", file=sys.stderr)
-    return ratios
+    return [n for n in names if not wanted or n in wanted]
 
 
-def main() -> None:
+def measure(variant: str, settings: dict[str, Any]) -> list[float]:
+    """Of each step after the warm-up: its time with the variant over that with all on."""
+    ratios = []
+    with Worker(ALL, settings) as on, Worker(variant, settings) as off:
+        for number in range(settings["max_steps"]):
+            turns = (on, off) if number % 2 == 0 else (off, on)
+            seconds = {id(worker): worker.step() for worker in turns}
+            ratios.append(seconds[id(off)] / seconds[id(on)])
+    return ratios[loop.WARMUP_STEPS :]
+
+
+def main() -> int:
+    """Run it as the command line asks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", default="lora")
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--rounds", type=int, default=3)
+    own = environment.default_precision("cpu")
+    parser.add_argument("--precision", default=own, choices=("fp32", "bf16"), help=f"here {own}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--variant", action="append", choices=list(VARIANTS), help="only this one; may repeat"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -157,8 +183,12 @@ def main() -> None:
         if variant != ALL:
             VARIANTS[variant][2](settings)
         config = make_config(settings.pop("method"), **settings)
-        print(json.dumps(run(runner.resolve(config))))
-        return
+        serve(runner.resolve(config))
+        return 0
+    if wrong := set(given.methods.split(",")) - set(METHODS):
+        parser.error(f"{min(wrong)!r} is not one of {', '.join(METHODS)}")
+    if given.steps < loop.WARMUP_STEPS + 4:
+        parser.error(f"--steps wants {loop.WARMUP_STEPS + 4} or more")
     console = make_console()
     for method in given.methods.split(","):
         settings = {
@@ -170,13 +200,19 @@ def main() -> None:
             "profiler": "none",
             "device": "cpu",
         }
-        table = Table("switched off", "step, times all on", "min-max", box=None)
-        for name, ratios in measure(settings, given.rounds).items():
-            middle = f"{statistics.median(ratios):.2f}"
-            table.add_row(name, middle, f"{min(ratios):.2f}-{max(ratios):.2f}")
+        table = Table("switched off", "step, times all on", "quartiles", box=None)
+        for name in [ALL, *applicable(settings, given.variant)]:
+            try:
+                low, middle, high = statistics.quantiles(measure(name, settings), n=4)
+            except (RuntimeError, KeyboardInterrupt) as error:
+                print(f"bench.ablation: {error or 'interrupted'}", file=sys.stderr)
+                return 2 if isinstance(error, RuntimeError) else 130
+            table.add_row(name, f"{middle:.2f}", f"{low:.2f}-{high:.2f}")
+            print(f"{method}, {name}: {middle:.3f}", file=sys.stderr)
         console.print(f"\n{method} {given.precision}, {torch.get_num_threads()} threads")
         console.print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,31 +1,44 @@
 """A variant switches something off that exists, and a run of one is measured."""
 
-import json
-import subprocess
 import sys
 
 import pytest
 
 from bench import ablation
 
+SETTINGS = {
+    "method": "qlora",
+    "precision": "fp32",
+    "batch_size": 2,
+    "max_steps": 7,
+    "profiler": "none",
+    "device": "cpu",
+}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [ablation.ALL, "dequantised by library operations"])
-def test_a_variant_runs(variant):
-    settings = {
-        "method": "full" if variant.startswith("clipping") else "qlora",
-        "precision": "fp32",
-        "batch_size": 2,
-        "max_steps": 6,
-        "profiler": "none",
-        "device": "cpu",
-    }
-    command = [sys.executable, "-W", "ignore", "-m", "bench.ablation", "--child"]
-    done = subprocess.run(
-        [*command, json.dumps([variant, settings])], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["p50_ms"] > 0
+def test_a_variant_is_measured_step_by_step(variant):
+    assert variant == ablation.ALL or variant in ablation.applicable(SETTINGS, None)
+    ratios = ablation.measure(variant, SETTINGS)
+    assert len(ratios) == 2
+    assert all(ratio > 0 for ratio in ratios)
+
+
+def test_a_run_that_ends_is_told_and_not_waited_for():
+    with (
+        ablation.Worker(ablation.ALL, SETTINGS | {"method": "none"}) as worker,
+        pytest.raises(RuntimeError, match="all on"),
+    ):
+        worker.step()
+
+
+def test_only_what_applies_and_was_asked_for():
+    full = ablation.applicable(SETTINGS | {"method": "full"}, None)
+    assert "each adapter by itself" not in full
+    assert "clipping as a pass of its own" in full
+    assert "any number of tokens" not in full  # fp32
+    assert ablation.applicable(SETTINGS, ["padded batches"]) == ["padded batches"]
 
 
 def test_what_a_variant_replaces_is_there():
