@@ -106,14 +106,15 @@ def prepare(config: RunConfig) -> Prepared:
     _quiet_libraries()
     source = locate(config.model)
     family = models.family_of(source, config)
-    if source.longest is not None and config.max_length > source.longest:
-        raise InputError(
-            f"--max-length {config.max_length} is more than the {source.longest} positions of "
-            f"{config.model!r}"
-        )
     config = dataclasses.replace(config, padding=_padding(source, config, family))
-    loaded = data.load(config)
     tokenizer = load_tokenizer(source)
+    first = packing.first_position(source.family, tokenizer.pad_token_id)
+    if source.positions is not None and config.max_length > source.positions - first:
+        raise InputError(
+            f"--max-length {config.max_length} is more than the {source.positions - first} "
+            f"positions of {config.model!r}"
+        )
+    loaded = data.load(config)
 
     def batches(examples: Examples) -> Batches:
         return Batches(
@@ -124,7 +125,7 @@ def prepare(config: RunConfig) -> Prepared:
             config.batch_size,
             config.seed,
             config.padding,
-            packing.first_position(source.family, tokenizer.pad_token_id),
+            first,
             packing.multiple(config),
         )
 

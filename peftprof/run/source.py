@@ -19,8 +19,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 class Source:
     """A model's files, before any weight is loaded.
 
-    `reference` is what an adapter names as its base: a hub name, else a folder. `longest`
-    is the number of positions, None where the config does not say; `inputs` are the names
+    `reference` is what an adapter names as its base: a hub name, else a folder. `positions`
+    is how many it has, None where the config does not say; `inputs` are the names
     that the classifier's forward takes; `fingerprint` is SHA-256 over the weight files.
     """
 
@@ -30,7 +30,7 @@ class Source:
     reference: str
     family: str
     vocabulary: int
-    longest: int | None
+    positions: int | None
     inputs: tuple[str, ...]
     fingerprint: str
     config: Any  # as transformers reads it
@@ -50,9 +50,6 @@ def locate(name: str) -> Source:
             "convert it with save_pretrained"
         )
     config, inputs = _read_config(name, folder)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and config.model_type == "roberta":
-        longest -= config.pad_token_id + 1  # RoBERTa numbers positions from after the padding
     return Source(
         name=name,
         folder=folder,
@@ -60,7 +57,7 @@ def locate(name: str) -> Source:
         reference=reference,
         family=config.model_type,
         vocabulary=config.vocab_size,
-        longest=longest,
+        positions=getattr(config, "max_position_embeddings", None),
         inputs=inputs,
         fingerprint=_fingerprint(folder),
         config=config,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -86,9 +87,17 @@ def test_a_hub_model_is_found_in_the_hubs_cache(tmp_path, tiny, monkeypatch):
         locate("not/a/name")
 
 
-def test_longest_input(tiny):
-    assert locate(str(tiny("bert"))).longest == 512
-    assert locate(str(tiny("roberta"))).longest == 513
+@pytest.mark.parametrize(("family", "longest"), [("bert", 512), ("roberta", 513)])
+def test_longest_input(family, longest, small_run, tmp_path, tiny):
+    """RoBERTa's positions begin after the tokenizer's padding, 0 here, whatever its config says."""
+    folder = shutil.copytree(tiny(family), tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    config = small_run("full", model=str(folder), max_length=longest)
+    trainee, _ = runner.prepare(config).build()
+    trainee.step(0)
+    with pytest.raises(InputError, match=f"{longest + 1} is more than the {longest} positions"):
+        runner.prepare(dataclasses.replace(config, max_length=longest + 1))
 
 
 def test_embedded_models_say_what_they_are():
