@@ -107,8 +107,20 @@ def load_model(
         )
     if config.method != "qlora":
         model.to(config.device)
+    elif config.device == "cpu":
+        _own_memory(model)
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]  # transformers is not typed
+
+
+def _own_memory(model: torch.nn.Module) -> None:
+    """Copy the dense weights of a quantised model out of its file, which is mapped into memory.
+
+    Else any one of them holds the mapping, and the weights that were quantised stay resident.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def quantization(config: RunConfig, family: Family) -> Any:

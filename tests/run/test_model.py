@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +149,22 @@ def test_a_config_of_the_wrong_types(tmp_path, tiny):
     with pytest.raises(InputError, match=r"no config\.json") as raised:
         locate(str(folder))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc/self/maps")
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_quantised_model_lets_go_of_its_file(method, small_run):
+    """A mapped file keeps the fp32 weights in memory; the control is LoRA's, which needs it."""
+    config = small_run(method)
+    made, _ = runner.prepare(config).build()
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [
+        [int(end, 16) for end in fields[0].split("-")]
+        for fields in mapped
+        if fields[-1] == str(Path(config.model) / "model.safetensors")
+    ]
+
+    def in_file(tensor):
+        return any(low <= tensor.data_ptr() < high for low, high in spans)
+
+    assert any(in_file(p) for p in made.model.parameters()) == (method == "lora")
