@@ -122,10 +122,15 @@ def achieved(item: Work, has_ceilings: bool) -> list[str]:
     return [words.figures(done / time_ns) if time_ns else "-" for done in (item.flops, item.bytes)]
 
 
+def _tera(rate: float) -> str:
+    # A CPU without bf16 reaches less than a thousandth.
+    return words.figures(rate / 1e12) if rate >= 1e12 else f"{rate / 1e12:.3g}"
+
+
 def ceilings(measured: Ceilings) -> str:
     """What the device was measured to reach, and by whom."""
     products = ", ".join(
-        f"{words.clean(dtype)} {words.figures(rate / 1e12)} TFLOP/s"
+        f"{words.clean(dtype)} {_tera(rate)} TFLOP/s"
         for dtype, rate in measured.flops_per_s.items()
     )
     copies = f"copies {words.figures(measured.bytes_per_s / 1e9)} GB/s"

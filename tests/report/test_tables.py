@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from peftprof.breakdowns import Breakdown
+from peftprof.breakdowns import Breakdown, Ceilings
+from peftprof.report import sections
 from peftprof.report.breakdown import clean
 from peftprof.report.tables import COLUMNS, code, escaped, to_csv, to_markdown
 from peftprof.trace import Loaded
@@ -132,3 +133,10 @@ def test_several_runs_have_a_verdict_a_waterfall_and_a_speed_up() -> None:
     assert "**Not comparable:**\n\n- batch size: 8 vs 4" in text
     assert "No speed-up figure" in text
     assert "1 older run is left out" in to_markdown(loaded(made(), left_out=1))
+
+
+def test_a_slow_device_reaches_something() -> None:
+    """bf16 on a CPU that has it not in hardware is under a thousandth of a TFLOP/s."""
+    found = sections.ceilings(Ceilings("somebody", {"fp32": 1.15e11, "bf16": 8.4e8}, 1.69e10))
+    assert "fp32 0.115 TFLOP/s, bf16 0.00084 TFLOP/s; copies 16.9 GB/s" in found
+    assert "fp32 19.5 TFLOP/s" in sections.ceilings(Ceilings("somebody", {"fp32": 1.95e13}, 1e12))
