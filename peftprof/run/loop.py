@@ -17,12 +17,13 @@ from peftprof.records import Accuracy, Energy, GraphRecord, Memory, Trainable, d
 from peftprof.run import adapters, graphs, packing
 from peftprof.run.batches import Batch, Batches, Part
 from peftprof.run.folder import Evaluation, RunFolder, Step
-from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, together
+from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, give_back, together
 from peftprof.run.model import DTYPES
 from peftprof.run.statistics import wilson
 from peftprof.watcher import Watcher
 
 WARMUP_STEPS = 5  # excluded from the figures after every start: allocators and caches fill
+GIVE_BACK_EVERY = 25  # steps between returns of a CPU's free memory; each slows the next step
 FLUSH_EVERY = 10  # steps between two readings of the losses, each a wait for the device
 
 
@@ -56,6 +57,8 @@ class Trainee:
 
         `eager`: not as a CUDA graph, which leaves no gradients to look at.
         """
+        if number % GIVE_BACK_EVERY == 0 and self.device.type == "cpu":
+            give_back()
         with annotate.step(number):
             with annotate.phase("data"):
                 batch = self._batch(number)

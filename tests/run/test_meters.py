@@ -1,8 +1,11 @@
 """Memory, energy and step time: counted where they should be, absent with a reason elsewhere."""
 
+import gc
 import itertools
 import math
 import mmap
+import platform
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,14 @@ from hypothesis import strategies as st
 
 from peftprof import records
 from peftprof.run import meters
-from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, percentiles, rapl_zones
+from peftprof.run.meters import (
+    EnergyMeter,
+    PeakMemory,
+    StepClock,
+    give_back,
+    percentiles,
+    rapl_zones,
+)
 from peftprof.run.statistics import wilson
 
 CPU = torch.device("cpu")
@@ -300,3 +310,21 @@ def test_wilson_of_nothing_and_of_nonsense():
     for correct, n in ((2, 1), (-1, 5)):
         with pytest.raises(ValueError, match="no proportion"):
             wilson(correct, n)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_holes_in_the_heap_go_back_to_the_system():
+    # Each below what glibc maps by itself; what stays stands between what is freed.
+    blocks = [torch.ones(12_500, dtype=torch.float64) for _ in range(3000)]
+    kept = blocks[::10]
+    del blocks
+    gc.collect()
+    before = resident_bytes()
+    give_back()
+    assert before - resident_bytes() > 100e6
+    assert all(bool((block == 1).all()) for block in kept)
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
