@@ -136,9 +136,11 @@ def load_tokenizer(source: Source) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # A file of another form than it should have fails wherever it is first used as that.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
-            f"model {source.name!r} has no usable tokenizer: {one_line(error)}"
+            f"model {source.name!r} has no usable tokenizer ({one_line(error)}); save its "
+            "tokenizer there again"
         ) from error
     if len(tokenizer) > source.vocabulary:
         raise InputError(

@@ -118,6 +118,15 @@ def test_a_folder_without_a_tokenizer(tmp_path, tiny):
         load_tokenizer(locate(str(folder)))
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "7", '{"model": []}', "x"])
+def test_a_damaged_tokenizer(content, tmp_path, tiny):
+    folder = shutil.copytree(tiny("bert"), tmp_path / "model")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match="no usable tokenizer") as raised:
+        load_tokenizer(locate(str(folder)))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_tokenizer_of_another_model(tmp_path, tiny):
     folder = tmp_path / "model"
     shutil.copytree(tiny("bert"), folder)
