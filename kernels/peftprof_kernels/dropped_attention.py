@@ -172,8 +172,9 @@ class _DroppedAttention(torch.autograd.Function):
             made = torch.empty_like(Q)
             Ps = []
             for q_, k_, v_, o_, mask, bias in zip(
-                *map(asking.parts, (Q,)),
-                *map(asked.parts, (K, V)),
+                asking.parts(Q),
+                asked.parts(K),
+                asked.parts(V),
                 asking.parts(made),
                 masks,
                 asked.bias(groups, causal),

@@ -35,8 +35,7 @@ from peftprof_kernels import (
 OWN_WEIGHT = "peftprof_weight"  # where a Linear4bit keeps its weight as our kernels take it
 # Linears of one module that read one input, as the families name them.
 SHARE_INPUT = (
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
+    *narrow.PROJECTIONS,
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
 )
