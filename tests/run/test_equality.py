@@ -248,8 +248,9 @@ def borderless(monkeypatch):
     """Sequences look at each other."""
     real = packing.packed_attention
 
-    def attention(q, k, v, groups, *further):
-        return real(q, k, v, grouped([groups[-1].end]), *further)
+    def attention(q, k, v, groups, *further, one_query):
+        whole = groups if one_query else grouped([groups[-1].end])
+        return real(q, k, v, whole, *further, one_query=one_query)
 
     monkeypatch.setattr(packing, "packed_attention", attention)
 
