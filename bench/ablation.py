@@ -166,15 +166,21 @@ def measure(variant: str, settings: dict[str, Any]) -> list[float]:
 
 def main() -> int:
     """Run it as the command line asks."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--methods", default="lora")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--methods", default="lora", help=f"of {', '.join(METHODS)}; lora")
     own = environment.default_precision("cpu")
     parser.add_argument("--precision", default=own, choices=("fp32", "bf16"), help=f"here {own}")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--model", default="minilm")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps a variant (40)")
+    parser.add_argument("--model", default="minilm", help="as of train (minilm)")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples a step (32)")
     parser.add_argument(
-        "--variant", action="append", choices=list(VARIANTS), help="only this one; may repeat"
+        "--variant",
+        action="append",
+        choices=list(VARIANTS),
+        help="only this one; may repeat",
+        metavar="NAME",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -17,11 +17,17 @@ from peftprof.run.source import load_tokenizer, locate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=6)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.random_model", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("folder", type=Path, help="to make")
+    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 64 (768)")
+    parser.add_argument("--layers", type=int, default=6, help="how many (6)")
     given = parser.parse_args()
+    if given.hidden < 64 or given.hidden % 64 or given.layers < 1:
+        parser.error("--hidden must be a multiple of 64, --layers 1 or more")
+    if given.folder.exists():
+        parser.error(f"{given.folder} already exists; name another folder")
     source = locate("minilm")
     torch.manual_seed(0)
     config = transformers.DistilBertConfig(

@@ -67,9 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run it as the command line asks."""
     given = _parser().parse_args(arguments)
     try:
-        if given.steps <= WARMUP_STEPS or given.pairs < 1:
-            raise ValueError(f"--steps wants more than {WARMUP_STEPS}, --pairs 1 or more")
+        if given.steps <= WARMUP_STEPS:
+            least = WARMUP_STEPS + 1
+            raise ValueError(f"--steps is {given.steps}; it must be {least} or more (warm-up)")
+        if given.pairs < 1:
+            raise ValueError(f"--pairs is {given.pairs}; it must be 1 or more")
         configs = _configs(given)
+        runner.prepare(next(iter(configs.values())))  # bad input shows before a minute of GEMMs
         lines = measure(configs, given.pairs, equality=not given.no_equality)
         folder = _keep(given.out, lines)
     except KeyboardInterrupt:
@@ -88,14 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{NAME}", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--methods", type=_names(METHODS), default=METHODS, metavar="A,B")
-    parser.add_argument("--precisions", type=_names(PRECISIONS), default=PRECISIONS, metavar="A,B")
-    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of runs a cell")
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps a run")
-    parser.add_argument("--recipe", choices=recipes(), default="default")
+    for option, known in (("--methods", METHODS), ("--precisions", PRECISIONS)):
+        said = f"of {', '.join(known)}; default all"
+        parser.add_argument(option, type=_names(known), default=known, metavar="A,B", help=said)
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of runs a cell (3)")
+    parser.add_argument("--steps", type=int, default=40, help="optimiser steps a run (40)")
+    parser.add_argument("--recipe", choices=recipes(), default="default", help="as of train")
     parser.add_argument("--batch-size", type=int, help=f"{BATCH}, or a recipe's own")
-    parser.add_argument("--model")
-    parser.add_argument("--dataset")
+    parser.add_argument("--model", help="as of train")
+    parser.add_argument("--dataset", help="as of train")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--no-equality", action="store_true", help="no pair without dropout")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")

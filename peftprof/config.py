@@ -20,6 +20,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LARGEST = 1e30  # still a number when it is multiplied in fp32
 PADDINGS = ("auto", "packed", "split", "pad")
 CUDA_GRAPHS = ("auto", "on", "off")
+OF_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 PROFILERS = ("auto", "none", "torch", "nsys")
 
 
@@ -145,6 +146,15 @@ def make_config(method: str, recipe: str | None = None, **given: Any) -> RunConf
     )
 
 
+def check_used(method: str | None, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting of adapters that is given (not None) where none are."""
+    idle = [key for key in OF_ADAPTERS if method == "full" and given.get(key) is not None]
+    if idle:
+        raise ConfigError(
+            f"{_option(idle[0])} is a setting of adapters and --method full has none; leave it out"
+        )
+
+
 def _as(kind: Any, name: str, value: Any) -> Any:
     if kind == tuple[str, ...]:
         if isinstance(value, str) or not all(isinstance(v, str) for v in value):
@@ -163,7 +173,7 @@ def _option(name: str) -> str:
 
 def _one_of(name: str, value: str, known: tuple[str, ...] | list[str]) -> None:
     if value not in known:
-        raise ConfigError(f"unknown {name} {value!r}; it is one of {', '.join(known)}")
+        raise ConfigError(f"unknown {_option(name)} {value!r}; it is one of {', '.join(known)}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

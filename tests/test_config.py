@@ -73,9 +73,9 @@ def test_round_trip(method, rank, dropout, rate, targets):
         ("seed", 2**32, "--seed"),
         ("epochs", 1e308, "--epochs"),
         ("max_steps", 10**12, "--max-steps"),
-        ("kernels", "cuda", "unknown kernels 'cuda'"),
-        ("precision", "int8", "unknown precision 'int8'"),
-        ("profiler", "perf", "unknown profiler 'perf'"),
+        ("kernels", "cuda", "unknown --kernels 'cuda'"),
+        ("precision", "int8", "unknown --precision 'int8'"),
+        ("profiler", "perf", "unknown --profiler 'perf'"),
         ("model", " ", "--model is empty"),
     ],
 )

@@ -57,10 +57,13 @@ def load(config: RunConfig) -> Data:
 
 def _check(config: RunConfig, train: Examples, validation: Examples, labels: Sequence[str]) -> None:
     what = f"dataset {config.dataset!r}"
-    if len(train) == 0 or len(validation) == 0:
-        raise InputError(f"{what} has no examples to train on or none to validate on")
-    if len(labels) < 2 or len(set(train.labels)) < 2:
-        raise InputError(f"{what} has one class only; there is nothing to learn from it")
+    if len(labels) < 2 or len({*train.labels, *validation.labels}) < 2:
+        raise InputError(f"{what} has one class only; give it examples of another")
+    if len(set(train.labels)) < 2 or len(validation) == 0:
+        raise InputError(
+            f"{what} leaves {len(set(train.labels))} of its {len(labels)} classes to train on and "
+            f"{len(validation)} examples to validate on; give it more texts (repeats count once)"
+        )
     if config.batch_size > len(train):
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(train)} training examples "

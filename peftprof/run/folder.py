@@ -63,7 +63,11 @@ class RunFolder:
     def check_free(cls, path: Path) -> "RunFolder":
         """The folder to be made at `path`. Raises FolderError when it cannot be."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FolderError(f"{path} already exists; name another --out, or --resume it")
+            raise FolderError(
+                f"{path} already exists; name another --out, or --resume it"
+                if path.is_dir()
+                else f"{path} is a file, and a run needs a folder; name another --out"
+            )
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
         if not parent.is_dir() or not _writable(parent):
             raise FolderError(f"cannot write to {parent}; name another --out")

@@ -98,7 +98,10 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise InputError(f"model {config.model!r} cannot be loaded: {one_line(error)}") from error
+        raise InputError(
+            f"model {config.model!r} cannot be loaded ({one_line(error)}); save it or fetch it "
+            "again"
+        ) from error
     lacking = sorted(k for k in loading["missing_keys"] if k.split(".")[0] not in family.head)
     if lacking:
         raise InputError(

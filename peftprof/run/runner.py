@@ -23,6 +23,7 @@ from peftprof.run import (
     data,
     environment,
     frugal,
+    graphs,
     memory_trace,
     packing,
 )
@@ -107,6 +108,8 @@ def prepare(config: RunConfig) -> Prepared:
     source = locate(config.model)
     family = models.family_of(source, config)
     config = dataclasses.replace(config, padding=_padding(source, config, family))
+    if config.cuda_graphs == "on" and (why := graphs.possible(config)):
+        raise ConfigError(f"--cuda-graphs on cannot be: {why}; leave the option out")
     tokenizer = load_tokenizer(source)
     first = packing.first_position(source.family, tokenizer.pad_token_id)
     if source.positions is not None and config.max_length > source.positions - first:

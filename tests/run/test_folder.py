@@ -89,9 +89,9 @@ def test_folders_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thing").write_text("")
-    for path in (tmp_path / "file", tmp_path / "full"):
-        with pytest.raises(FolderError, match="already exists"):
-            RunFolder.check_free(path)
+    for name, says in (("file", "is a file"), ("full", "already exists")):
+        with pytest.raises(FolderError, match=says):
+            RunFolder.check_free(tmp_path / name)
     for path in (tmp_path / "file" / "run", "/proc/run"):
         with pytest.raises(FolderError, match="cannot write"):
             RunFolder.check_free(Path(path))
