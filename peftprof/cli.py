@@ -151,6 +151,71 @@ def _names(text: str | None, option: str) -> tuple[str, ...] | None:
 
 
 @app.command()
+def study(
+    recipe: Annotated[
+        str, typer.Option(help="paper, controlled, quick, or a .toml file.")
+    ] = "quick",
+    out: Annotated[
+        Path | None, typer.Option(help="Study folder; traces/study-RECIPE if not named.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of the recipe's; as of train.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's; as of train.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text; comma-separated for a pair.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the class.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="A quick look: at most so many steps a run.")
+    ] = None,
+    subset: Annotated[
+        int | None, typer.Option(help="A quick look: at most so many training examples.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Print the names of the runs, and make none.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Make this run only; may be repeated.")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Try runs that have failed once more.")
+    ] = False,
+) -> None:
+    """Run what the paper ran, and judge its claims. The same command goes on where it ended."""
+    from rich.console import Console
+
+    from peftprof.report import study as show
+    from peftprof.report.progress import study_watcher
+    from peftprof.study import runs
+
+    asked = runs.Asked(
+        recipe=recipe,
+        out=out,
+        model=model,
+        dataset=dataset,
+        text_columns=_names(text_column, "--text-column"),
+        label_column=_name(label_column, "--label-column"),
+        max_steps=max_steps,
+        subset=subset,
+        device=device,
+    )
+    opened = runs.open_study(asked)
+    if list_:
+        print("\n".join(opened.names()))
+        return
+    console = Console()
+    with study_watcher(console) as watch:
+        opened.run(watch, only or (), again)
+    if only:
+        return
+    judged = opened.judge()
+    written = show.write(judged, opened.folder.path)
+    _show(show.render(judged, written), None, "python -m peftprof study")
+
+
+@app.command()
 def breakdown(
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Run folders, traces, or folders of these.")

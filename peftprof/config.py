@@ -20,6 +20,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LARGEST = 1e30  # still a number when it is multiplied in fp32
 PADDINGS = ("auto", "packed", "split", "pad")
 CUDA_GRAPHS = ("auto", "on", "off")
+SPLITS = ("validation", "tuning")
 OF_ADAPTERS = ("rank", "alpha", "dropout", "target_modules")
 PROFILERS = ("auto", "none", "torch", "nsys")
 
@@ -31,7 +32,10 @@ class RunConfig:
     `alpha` None is 2 x rank; `max_steps` None is `epochs` over the data; `auto` values are
     settled on the machine (`peftprof.run.resolve`) before the configuration is recorded.
     Empty `target_modules` are the family's query and value projections; empty
-    `text_columns` and an empty `label_column` are found by their usual names.
+    `text_columns` and an empty `label_column` are found by their usual names. `subset` is
+    how many training examples are used, None all of them. `evaluate_on` "tuning" trains on
+    nine tenths of the training examples and evaluates on the rest, so that settings can be
+    chosen without looking at the validation split.
     """
 
     method: str
@@ -60,6 +64,8 @@ class RunConfig:
     text_columns: tuple[str, ...] = ()
     label_column: str = ""
     checkpoint_every: int = 100
+    subset: int | None = None
+    evaluate_on: str = "validation"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
@@ -69,10 +75,12 @@ class RunConfig:
         _one_of("padding", self.padding, PADDINGS)
         _one_of("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         _one_of("profiler", self.profiler, PROFILERS)
+        _one_of("evaluate_on", self.evaluate_on, SPLITS)
         for name in ("rank", "batch_size", "max_length", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
-        if self.max_steps is not None:
-            _at_least("max_steps", self.max_steps, 1)
+        for name in ("max_steps", "subset"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         _between("seed", self.seed, 0, 2**32 - 1)  # what every library takes
         _between("dropout", self.dropout, 0, 1, "less than 1", strict=True)
         _between("warmup_ratio", self.warmup_ratio, 0, 1)

@@ -6,8 +6,10 @@
     ├── FetchError      a pinned file that could not be fetched or is not the pinned one
     ├── DeviceError     a device or kernel backend that this machine does not have
     ├── FolderError     a run folder that is missing, foreign, incomplete or unwritable
+    │   └── BusyError   a folder that another process is at work in
     ├── TraceError      a trace that is missing, truncated, empty or not a trace
     ├── TrainingError   a run that must stop: no gradient, changed base weights, a loss of nan
+    ├── StudyError      a study that cannot go on as it is asked to
     └── LimitError      a breakdown over a limit of --fail-if; exit code 1
 
 The message is one sentence that says what is wrong and what to do about it.
@@ -52,12 +54,20 @@ class FolderError(PeftprofError):
     """A run folder that is missing, foreign, incomplete or unwritable."""
 
 
+class BusyError(FolderError):
+    """A folder that another process is at work in."""
+
+
 class TraceError(PeftprofError):
     """A trace that is missing, truncated, empty or not a trace."""
 
 
 class TrainingError(PeftprofError):
     """A run that must stop because going on would give a wrong result."""
+
+
+class StudyError(PeftprofError):
+    """A study that cannot go on as it is asked to."""
 
 
 class LimitError(PeftprofError):

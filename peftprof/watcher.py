@@ -14,3 +14,16 @@ class Watcher(Protocol):
 
     def say(self, text: str) -> None:
         """Something worth a line happened."""
+
+
+class StudyWatcher(Watcher, Protocol):
+    """The same for a study, whose runs come one after the other."""
+
+    def study(self, cells: int, done: int) -> None:
+        """A study of `cells` runs starts, `done` of them already behind it."""
+
+    def cell(self, name: str, left_s: float | None) -> None:
+        """A run starts; about `left_s` seconds are left for the study, None if not known."""
+
+    def ended(self, name: str, what: str, left_s: float | None) -> None:
+        """A run has ended, and what came of it."""

@@ -17,6 +17,7 @@ LOW = {
     "peftprof.breakdowns",
     "peftprof.config",
     "peftprof.watcher",
+    "peftprof.studies",
 }
 FLOORS = {
     "peftprof_kernels": set(),
@@ -24,12 +25,14 @@ FLOORS = {
     "peftprof.breakdowns": set(),
     "peftprof.records": {"peftprof.errors", "peftprof.breakdowns"},
     "peftprof.watcher": set(),
+    "peftprof.studies": {"peftprof.breakdowns", "peftprof.records"},
     "peftprof.config": {"peftprof.errors"},
     "peftprof.annotate": set(),
     "peftprof.trace": LOW,
     "peftprof.report": LOW | {"peftprof.trace"},
     "peftprof.run": LOW | {"peftprof.annotate", "peftprof_kernels"},
-    "peftprof.cli": LOW | {"peftprof.run", "peftprof.report", "peftprof.trace"},
+    "peftprof.study": LOW | {"peftprof.run", "peftprof.trace"},
+    "peftprof.cli": LOW | {"peftprof.run", "peftprof.report", "peftprof.trace", "peftprof.study"},
     "peftprof.__main__": {"peftprof.cli"},
     "peftprof": set(),
 }

@@ -46,6 +46,14 @@ def _place(path: Path) -> Path:
         return path.absolute()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for pictures. Raises FolderError when it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"cannot make {path}: {error.strerror}") from error
+
+
 def save_svg(console: Console, path: Path, title: str) -> None:
     """Write what the recording `console` printed to `path`, whole, as SVG.
 

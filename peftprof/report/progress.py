@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peftprof.report.units import mib
-from peftprof.watcher import Watcher
+from peftprof.watcher import StudyWatcher, Watcher
 
 LINE_EVERY_S = 10.0
 
@@ -90,3 +90,100 @@ class LineWatcher:
     def say(self, text: str) -> None:
         """One plain line."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def study_watcher(console: Console) -> Iterator[StudyWatcher]:
+    """The same for a study: a bar for its runs and one for the run at work, or lines."""
+    if not console.is_terminal:
+        yield StudyLines(console)
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+    ) as progress:
+        yield StudyBars(progress)
+
+
+def time_left(seconds: float | None) -> str:
+    """How long a study will take yet, roughly; nothing where that is not known."""
+    if seconds is None:
+        return ""
+    minutes = seconds / 60
+    if minutes >= 90:
+        return f"about {minutes / 60:.1f} h left"
+    return f"about {minutes:.0f} min left" if minutes >= 1.5 else f"about {seconds:.0f} s left"
+
+
+class StudyBars:
+    """A bar for the study and, below it, one for the run at work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def study(self, cells: int, done: int) -> None:
+        """A study starts."""
+        self.whole = self.progress.add_task("study", total=cells, completed=done, figures="")
+        self.one = self.progress.add_task("", total=1, figures="", visible=False)
+
+    def cell(self, name: str, left_s: float | None) -> None:
+        """A run starts."""
+        self.name = name
+        self.progress.update(self.whole, figures=time_left(left_s))
+        self.progress.reset(self.one, description=name, total=1, figures="starting", visible=True)
+
+    def begin(self, what: str, total: int, done: int) -> None:
+        """A pass of it starts."""
+        self.progress.reset(
+            self.one, description=f"{self.name} {what}", total=total, completed=done, figures=""
+        )
+
+    def steps(self, done: int, loss: float, samples_per_s: float, memory_bytes: int | None) -> None:
+        """Move its bar."""
+        shown = figures(loss, samples_per_s, memory_bytes)
+        self.progress.update(self.one, completed=done, figures=shown)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.progress.console.print(escape(text), highlight=False)
+
+    def ended(self, name: str, what: str, left_s: float | None) -> None:
+        """A run has ended."""
+        self.say(f"{name}: {what}")
+        self.progress.advance(self.whole)
+        self.progress.update(self.whole, figures=time_left(left_s))
+        self.progress.update(self.one, visible=False)
+
+
+class StudyLines:
+    """A line when a run ends, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def study(self, cells: int, done: int) -> None:
+        """A study starts."""
+        self.cells, self.done = cells, done
+        self.say(f"study: {cells} runs" + (f", {done} done" if done else ""))
+
+    def cell(self, name: str, left_s: float | None) -> None:
+        """A run starts; its end is told."""
+
+    def begin(self, what: str, total: int, done: int) -> None:
+        """A pass of it starts; the run's end is told."""
+
+    def steps(self, done: int, loss: float, samples_per_s: float, memory_bytes: int | None) -> None:
+        """Steps are behind; the run's end is told."""
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def ended(self, name: str, what: str, left_s: float | None) -> None:
+        """A run has ended."""
+        self.done += 1
+        told = ", ".join(filter(None, [what, time_left(left_s)]))
+        self.say(f"[{self.done}/{self.cells}] {name}: {told}")

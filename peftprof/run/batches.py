@@ -140,11 +140,15 @@ class Batches:
         """The training batch of optimiser step `step` (from 0)."""
         return self.collate(self.indices(step))
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, shortest first, so that evaluation pads little."""
+    def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Every example once, shortest first, so that evaluation pads little.
+
+        With each batch go the numbers of its examples, in the order of its parts' labels.
+        """
         order = sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
         for start in range(0, len(order), batch_size):
-            yield self.collate(order[start : start + batch_size])
+            numbers = order[start : start + batch_size]
+            yield numbers, self.collate(numbers)
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """A batch of these examples. Packed and split, they come by length."""

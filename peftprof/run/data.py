@@ -39,6 +39,12 @@ def load(config: RunConfig) -> Data:
         table = tables.read(config)
         train, validation, split = _split(table)
         source, labels = table.source, table.labels
+    if config.evaluate_on == "tuning":
+        train, validation = _hold_out(train)
+        split = f"{len(validation)} training examples held out for tuning ({split})"
+    if config.subset is not None and config.subset < len(train):
+        train = _subset(train, config.subset)
+        split = f"{split}; trained on {config.subset} of them"
     _check(config, train, validation, labels)
     return Data(
         train,
@@ -84,18 +90,34 @@ def _fingerprint(*splits: Examples) -> str:
 def _split(table: tables.Table) -> tuple[Examples, Examples, str]:
     if table.validation is not None:
         return table.train, table.validation, table.split
+    train, validation = _hold_out(table.train)
+    note = f"fixed stratified split by digest of train, {len(validation)} held out"
+    return train, validation, note
+
+
+def _hold_out(examples: Examples) -> tuple[Examples, Examples]:
+    """Nine tenths and one tenth, stratified, chosen by digest of the texts alone."""
     by_label: dict[int, set[str]] = {}
-    for text, label in zip(table.train.texts, table.train.labels, strict=True):
+    for text, label in zip(examples.texts, examples.labels, strict=True):
         by_label.setdefault(label, set()).add("\x1f".join(text))
     # Distinct texts are dealt out: a repeated one on both sides would be seen in training.
     size = max(1, round(HELD_OUT * sum(map(len, by_label.values()))))
     held = embedded.stratified({k: sorted(texts) for k, texts in by_label.items()}, size)
     sides: tuple[list[int], list[int]] = ([], [])
-    for i, text in enumerate(table.train.texts):
+    for i, text in enumerate(examples.texts):
         sides["\x1f".join(text) in held].append(i)
-    train, validation = (
-        Examples([table.train.texts[i] for i in side], [table.train.labels[i] for i in side])
-        for side in sides
-    )
-    note = f"fixed stratified split by digest of train, {len(validation)} held out"
-    return train, validation, note
+    train, validation = (_take(examples, side) for side in sides)
+    return train, validation
+
+
+def _subset(examples: Examples, size: int) -> Examples:
+    """`size` examples, stratified, chosen by digest of text and place; their order stays."""
+    by_label: dict[int, list[str]] = {}
+    for i, (text, label) in enumerate(zip(examples.texts, examples.labels, strict=True)):
+        by_label.setdefault(label, []).append("\x1f".join((*text, str(i))))
+    kept = embedded.stratified(by_label, size)
+    return _take(examples, sorted(int(name.rpartition("\x1f")[2]) for name in kept))
+
+
+def _take(examples: Examples, numbers: Sequence[int]) -> Examples:
+    return Examples([examples.texts[i] for i in numbers], [examples.labels[i] for i in numbers])

@@ -2,7 +2,7 @@
 
     run.json                 `records.RunRecord`
     steps.jsonl              one line a timed step: step, loss, lr, ns, samples, tokens, warmup
-    evaluations.jsonl        one line an evaluation: step and `records.Accuracy`
+    evaluations.jsonl        one line an evaluation: step, `records.Accuracy`, classes predicted
     trace.json.gz            Kineto trace of the profiled pass (--profiler torch)
     memory.json.gz           Kineto trace of one step's allocations (unless --profiler none)
     adapter/ or model/       what was trained, as PEFT or transformers save it
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from peftprof.errors import FolderError
+from peftprof.errors import BusyError, FolderError
 from peftprof.records import Accuracy, RunRecord, decode, encode, read_record
 
 T = TypeVar("T")
@@ -47,10 +47,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation accuracy after `step` optimiser steps."""
+    """Validation accuracy after `step` optimiser steps, and the class given to each example."""
 
     step: int
     accuracy: Accuracy
+    predicted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class RunFolder:
                 else f"{path} is a file, and a run needs a folder; name another --out"
             )
         parent = next(p for p in [path, *path.absolute().parents] if p.exists())
-        if not parent.is_dir() or not _writable(parent):
+        if not parent.is_dir() or not writable(parent):
             raise FolderError(f"cannot write to {parent}; name another --out")
         return cls(path)
 
@@ -96,7 +97,7 @@ class RunFolder:
             raise FolderError(f"cannot make {self.path}: {error.strerror}") from error
         try:
             if not _locked(lock) or (new and any(self.path.iterdir())):
-                raise FolderError(f"another run is at work in {self.path}; wait for it")
+                raise BusyError(f"another run is at work in {self.path}; wait for it")
             self._tidy()
             yield
         finally:
@@ -200,7 +201,8 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`: tried, for root may where nobody can."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True

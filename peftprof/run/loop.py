@@ -2,6 +2,8 @@
 
 import json
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,20 +121,33 @@ class Trainee:
         return self.config.learning_rate * max(0.0, left)
 
     @torch.inference_mode()
-    def evaluate(self) -> Accuracy:
-        """Accuracy and mean loss on the validation split; draws no random number."""
+    def predict(self) -> tuple[tuple[int, ...], float]:
+        """The class of every validation example, and their mean loss; draws no random number."""
         self.model.eval()
-        correct, loss, examples = 0, 0.0, len(self.validation.labels)
+        predicted, loss = [0] * len(self.validation.labels), 0.0
         with annotate.phase("eval"):
-            for batch in self.validation.in_order(2 * self.config.batch_size):
+            for numbers, batch in self.validation.in_order(2 * self.config.batch_size):
+                classes: list[int] = []
                 for part in batch.to(self.device).parts:
                     with self.autocast():
                         logits = packing.logits(self.model, part).float()
                     loss += float(cross_entropy(logits, part.labels, reduction="sum"))
-                    correct += int((logits.argmax(-1) == part.labels).sum())
+                    classes += logits.argmax(-1).tolist()
+                for number, found in zip(numbers, classes, strict=True):
+                    predicted[number] = found
         self.model.train()
+        return tuple(predicted), loss / len(predicted)
+
+    def evaluate(self) -> Accuracy:
+        """Accuracy and mean loss on the validation split."""
+        return self.accuracy(*self.predict())
+
+    def accuracy(self, predicted: Sequence[int], loss: float) -> Accuracy:
+        """The accuracy of these classes of the validation examples."""
+        examples = len(predicted)
+        correct = sum(map(operator.eq, predicted, self.validation.labels))
         low, high = wilson(correct, examples)
-        return Accuracy(correct, examples, correct / examples, low, high, loss / examples)
+        return Accuracy(correct, examples, correct / examples, low, high, loss)
 
 
 def make_trainee(
@@ -260,10 +275,11 @@ class TimedLoop:
         )
 
     def _evaluate(self, done: int) -> None:
-        accuracy = self.trainee.evaluate()
+        predicted, loss = self.trainee.predict()
+        accuracy = self.trainee.accuracy(predicted, loss)
         if not math.isfinite(accuracy.loss):
             raise TrainingError(f"the validation loss at step {done} is not finite; lower --lr")
-        self.passed.evaluations.append(Evaluation(done, accuracy))
+        self.passed.evaluations.append(Evaluation(done, accuracy, predicted))
         self.watcher.say(
             f"step {done}: validation accuracy {100 * accuracy.accuracy:.2f} %, "
             f"loss {accuracy.loss:.4f}"

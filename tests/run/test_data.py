@@ -155,7 +155,7 @@ def test_evaluation_sees_every_example_once(tokenizer):
     examples = Examples([(f"word {'very ' * (i % 7)}",) for i in range(23)], list(range(23)))
     for padding in ("pad", "split", "packed"):
         batches = Batches(examples, tokenizer, NAMES, 16, 4, 0, padding)
-        parts = [part for batch in batches.in_order(5) for part in batch.parts]
+        parts = [part for _, batch in batches.in_order(5) for part in batch.parts]
         assert sorted(int(label) for part in parts for label in part.labels) == list(range(23))
 
 
@@ -220,3 +220,32 @@ def test_no_room_for_text(tokenizer):
     with pytest.raises(InputError, match="--max-length 2 leaves no room"):
         Batches(examples, tokenizer, NAMES, 2, 1, 0)
     assert Batches(examples, tokenizer, NAMES, 3, 1, 0).lengths == [3, 3]
+
+
+def test_a_tuning_split_never_sees_the_validation_examples(tmp_path):
+    path = _write_csv(tmp_path / "a.csv", [f"w {i},{i % 2}" for i in range(100)])
+    whole = data.load(config(dataset=path))
+    tuning = data.load(config(dataset=path, evaluate_on="tuning"))
+    seen = set(tuning.train.texts) | set(tuning.validation.texts)
+    assert seen == set(whole.train.texts)
+    assert not set(tuning.train.texts) & set(tuning.validation.texts)
+    assert "tuning" in tuning.info.split
+    assert tuning.info.fingerprint != whole.info.fingerprint
+
+
+@pytest.mark.parametrize("size", [2, 7, 44])
+def test_a_subset_is_stratified_and_keeps_the_order(tmp_path, size):
+    path = _write_csv(tmp_path / "a.csv", [f"w {i},{int(i % 4 == 0)}" for i in range(100)])
+    whole = data.load(config(dataset=path))
+    part = data.load(config(dataset=path, subset=size))
+    assert len(part.train) == size
+    places = [whole.train.texts.index(text) for text in part.train.texts]
+    assert places == sorted(set(places))
+    assert abs(sum(part.train.labels) - size / 4) < 1
+    assert part.validation == whole.validation
+    assert data.load(config(dataset=path, subset=1000)).info == whole.info
+
+
+def test_a_repeated_text_is_two_examples_of_a_subset(tmp_path):
+    path = _write_csv(tmp_path / "a.csv", [f"w {i % 30},{i % 2}" for i in range(300)])
+    assert len(data.load(config(dataset=path, subset=100)).train) == 100

@@ -345,3 +345,23 @@ def test_a_run_of_warmup_only_has_no_figures(small_run, tmp_path, quiet):
     assert record.profiled.overhead > 0
     assert record.profiled.same_losses
     assert record.energy.joules == {}
+
+
+@pytest.mark.parametrize("padding", ["packed", "split", "pad"])
+def test_the_predictions_are_those_the_accuracy_counts(padding, small_run, tmp_path, quiet):
+    """One class an example, in the order of the data, however its batches are made."""
+    config = small_run("lora", padding=padding, max_steps=8, profiler="none")
+    folder = runner.train(config, tmp_path / "run", [], quiet)
+    (last,) = folder.read_evaluations()
+    prepared = runner.prepare(config)
+    labels = prepared.validation.labels
+    assert len(last.predicted) == len(labels) == last.accuracy.examples
+    right = sum(a == b for a, b in zip(last.predicted, labels, strict=True))
+    assert right == last.accuracy.correct
+    if padding == "pad":
+        trainee, _ = prepared.build()
+        one_by_one = [
+            int(trainee.model.eval()(**batch.parts[0].inputs).logits.argmax())
+            for batch in (prepared.validation.collate([i]) for i in range(len(labels)))
+        ]
+        assert trainee.predict()[0] == tuple(one_by_one)

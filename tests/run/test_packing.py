@@ -296,7 +296,7 @@ def test_the_record_says_how_batches_were_made(
 
 def test_tokens_are_rounded_up_where_shapes_cost(small_run):
     prepared = runner.prepare(small_run("lora", precision="bf16"))
-    for batch in prepared.validation.in_order(3):
+    for _, batch in prepared.validation.in_order(3):
         assert batch.padded_tokens % packing.BUCKET == 0
         assert 0 <= batch.padded_tokens - batch.real_tokens < packing.BUCKET
 
