@@ -27,6 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+GOES_ON = {
+    "train": "; `train --resume FOLDER` goes on with a run",
+    "study": "; the same command goes on with the study",
+}
 INTERRUPTED = 130  # what a shell calls a process ended by Ctrl-C
 
 
@@ -186,7 +190,6 @@ def study(
     """Run what the paper ran, and judge its claims. The same command goes on where it ended."""
     from rich.console import Console
 
-    from peftprof.report import study as show
     from peftprof.report.progress import study_watcher
     from peftprof.study import runs
 
@@ -210,6 +213,8 @@ def study(
         opened.run(watch, only or (), again)
     if only:
         return
+    from peftprof.report import study as show
+
     judged = opened.judge()
     written = show.write(judged, opened.folder.path)
     _show(show.render(judged, written), None, "python -m peftprof study")
@@ -351,8 +356,7 @@ def main() -> NoReturn:
     except PeftprofError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        train_too = "; `train --resume FOLDER` goes on with a run" if "train" in sys.argv else ""
-        _fail(f"interrupted{train_too}", INTERRUPTED)
+        _fail(f"interrupted{GOES_ON.get(sys.argv[1], '')}", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as `| head` does; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -155,6 +155,11 @@ def nf4_weight(module: Any) -> NF4Weight:
     )
 
 
+def dequantized(module: Any) -> torch.Tensor:
+    """The fp32 weight [N, K] that a Linear4bit stands for."""
+    return dequantize(nf4_weight(module), torch.float32)
+
+
 def quantisation_state(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """What dequantising needs beside the packed weights: statistics, code books, offsets."""
     for module in linear_4bit(model):

@@ -2,14 +2,17 @@
 
     python -m peftprof.study.child      reads one request, a line of JSON, from stdin
 
-Requests: {"do": "settle", "configs"} answers {"configs", "labels"}: every setting `auto` settled
-on this machine, everything that can be wrong with the input found; {"do": "run", "config",
+Requests: {"do": "settle", "configs", "at_most"} answers {"configs", "labels"}: every setting `auto`
+settled on this machine, runs of whole epochs cut to `at_most` steps unless that is None,
+everything that can be wrong with the input found; {"do": "run", "config",
 "folder", "forgetting"} makes a run, or goes on with it; {"do": "audit", "ranks"}. Answers are lines
 of JSON on stdout: progress, then {"done"} or {"error", "kind"}. stdin stays open: when it ends, its
 writer is gone, and so is this process, so that no run goes on for a study that has ended.
 """
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -47,7 +50,7 @@ def say(value: dict[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-def settle(configs: list[dict[str, Any]]) -> dict[str, Any]:
+def settle(configs: list[dict[str, Any]], at_most: int | None = None) -> dict[str, Any]:
     """Each configuration resolved, and the classes of the validation examples.
 
     Raises the errors of a run for what is wrong with any of them, before one has started.
@@ -58,7 +61,7 @@ def settle(configs: list[dict[str, Any]]) -> dict[str, Any]:
     settled = [runner.resolve(RunConfig.from_json(config)) for config in configs]
     labels: list[int] = []
     seen: dict[str, Any] = {}
-    for config in settled:
+    for place, config in enumerate(settled):
         data = {
             key: value
             for key, value in config.to_json().items()
@@ -69,11 +72,16 @@ def settle(configs: list[dict[str, Any]]) -> dict[str, Any]:
             seen[key] = runner.prepare(config)
             if config.evaluate_on == "validation":
                 labels = list(seen[key].validation.labels)
-    largest = max(
-        (c for c in settled if c.method != "full"), key=lambda config: config.rank, default=None
-    )
-    if largest is not None:  # a rank above a layer's width shows when it is attached
-        runner.prepare(largest).build()
+        steps = math.ceil(config.epochs * seen[key].train.per_epoch)
+        if at_most is not None and config.max_steps is None and at_most < steps:
+            settled[place] = dataclasses.replace(config, max_steps=at_most)
+    # A rank above a layer's width, or a layer that is not there, shows when it is attached.
+    largest: dict[Any, RunConfig] = {}
+    for config in sorted(settled, key=lambda config: config.rank):
+        if config.method != "full":
+            largest[config.model, config.target_modules] = config
+    for config in largest.values():
+        runner.prepare(config).build()
     return {
         "configs": [config.to_json() for config in settled],
         "labels": labels,

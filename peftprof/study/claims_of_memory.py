@@ -67,7 +67,8 @@ def _less_memory(results: Results, claim: Claim) -> Verdict:
 
 def _tensors(results: Results, method: str) -> MemoryPeak | None:
     breakdown = results.breakdown(method)
-    return None if breakdown is None else breakdown.memory
+    memory = None if breakdown is None else breakdown.memory
+    return memory if memory is not None and memory.peak_bytes else None
 
 
 def _activations(results: Results, claim: Claim) -> Verdict:
@@ -216,6 +217,8 @@ def _forgets_less(results: Results, claim: Claim) -> Verdict:
         f"head over the vocabulary is {measured.head}. Text: {measured.text}."
     )
     verdict = verdicts[0] if len(set(verdicts)) == 1 else UNTESTABLE
+    if FAILS in verdicts:
+        verdict = FAILS
     return claim.verdict(verdict, figures, evidence)
 
 

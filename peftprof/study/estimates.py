@@ -1,6 +1,7 @@
 """Figures with intervals for each configuration of the matrix, and paired tests between them."""
 
 import itertools
+import statistics as plain
 from collections.abc import Callable, Sequence
 
 from peftprof.records import RunRecord
@@ -70,6 +71,7 @@ def accuracies(study: Study) -> dict[str, Interval]:
         lambda results: statistics.accuracy(
             [sum(right(study, result)) for result in results], len(study.labels)
         ),
+        lambda result: bool(result.predicted),
     )
 
 
@@ -100,19 +102,27 @@ def memories(study: Study) -> dict[str, Interval]:
             for result in results
             if result.record is not None and (peak := peak_bytes(result.record)) is not None
         )
-        if not peaks:
-            raise ValueError("no memory was measured")
-        return Interval(float(peaks[len(peaks) // 2]), peaks[0], peaks[-1], len(peaks))
+        return Interval(float(plain.median(peaks)), peaks[0], peaks[-1], len(peaks))
 
-    return _each(study, middle)
+    def measured(result: CellResult) -> bool:
+        return result.record is not None and peak_bytes(result.record) is not None
+
+    return _each(study, middle, measured)
 
 
-def _each(study: Study, make: Callable[[Sequence[CellResult]], Interval]) -> dict[str, Interval]:
+def _timed(result: CellResult) -> bool:
+    return bool(result.step_ns)  # a run of fewer steps than the warm-up has none
+
+
+def _each(
+    study: Study,
+    make: Callable[[Sequence[CellResult]], Interval],
+    known: Callable[[CellResult], bool] = _timed,
+) -> dict[str, Interval]:
     found = {}
     for name, results in by_configuration(study).items():
-        timed = [result for result in results if result.step_ns]
-        if timed:
-            found[name] = make(timed)
+        if of_use := [result for result in results if known(result)]:
+            found[name] = make(of_use)
     return found
 
 

@@ -23,6 +23,8 @@ from peftprof.records import decode, encode
 from peftprof.run.folder import writable
 from peftprof.studies import Audit, Cell
 
+FOLDERS = ("runs", "failures", "logs")
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -40,6 +42,7 @@ class Stored:
     left_out: dict[str, str]  # cells that this machine cannot do, and why
     forgetting: tuple[int, ...]
     audit: tuple[Audit, ...] = ()
+    asked: str = ""  # a digest of the plan and the command line's settings, to know it again
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,25 @@ class StudyFolder:
 
     def check_free(self) -> None:
         """Raise FolderError where no study can be made, or something else is."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or not self._bare()):
             raise FolderError(f"{self.path} is there and is no study; name another --out")
         parent = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
         if not parent.is_dir() or not writable(parent):
             raise FolderError(f"cannot write to {parent}; name another --out")
 
+    def _bare(self) -> bool:
+        """Whether nothing is in the folder, or only what a study killed at its birth leaves."""
+        return all(
+            path.name.startswith(".new-")
+            or (path.name in FOLDERS and path.is_dir() and not any(path.iterdir()))
+            for path in self.path.iterdir()
+        )
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """The folder, made if it is not there, for this process alone. Raises FolderError."""
         try:
-            for folder in ("runs", "failures", "logs"):
+            for folder in FOLDERS:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:

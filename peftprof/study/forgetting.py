@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,19 @@ from peftprof.run import model as models
 from peftprof.run.folder import RunFolder
 from peftprof.run.source import Source, load_tokenizer, locate
 from peftprof.studies import Forgetting
-from peftprof_kernels import dequantize
 
 LENGTH = 128
 SEQUENCES = 64  # that are judged
 FIT_SEQUENCES = 128
-FIT_STEPS = 120
+FIT_MASKS = 4  # times that each is masked anew
+FIT_STEPS = 300  # beyond these the loss on the other half rises again
 FIT_ROWS = 256  # masked tokens a step
-FIT_RATE = 2e-3
+FIT_RATE = 1e-3
+FIT_SCALE = 0.1  # of the head's norm at the start: embeddings are long, and logits begin small
 MASKED = 0.15
 AT_ONCE = 8
 SHORTEST = 200  # characters of a paragraph that is prose
+RARE = 0.1  # counts of a token that the text for the fit lacks
 
 
 class NotMeasurableError(Exception):
@@ -54,6 +56,7 @@ class Text:
 
     tokens: torch.Tensor
     asked: torch.Tensor
+    own: torch.Tensor  # which tokens are the text's, and not the tokenizer's
     mask: int | None
     about: str
 
@@ -89,7 +92,7 @@ def measure(folder: RunFolder, general: Path) -> Forgetting:
     assert run.data is not None
     untrained = models.load_model(source, config, family, run.data.labels, tokenizer.pad_token_id)
     _dense(untrained.to(config.device))
-    judge, head = _judge(source, tokenizer, masked, general, config.device)
+    judge = _judge(source, tokenizer, masked, general, untrained)
     text = _text(tokenizer, masked, "held out", SEQUENCES)
     before = _cached(
         general / f"before-{config.method}-{config.precision}.json",
@@ -102,8 +105,8 @@ def measure(folder: RunFolder, general: Path) -> Forgetting:
     return Forgetting(
         measure="masked language model" if masked else "language model",
         text=text.about,
-        head=head,
-        tokens=int(text.asked.sum()),
+        head=judge.about,
+        tokens=int((text.asked if masked else text.asked[:, 1:]).sum()),
         before=before,
         after=after,
     )
@@ -129,7 +132,7 @@ def _dense(model: torch.nn.Module) -> None:
     quantised = set(adapters.linear_4bit(model))
     for name, module in list(model.named_modules()):
         if module in quantised:
-            weight = dequantize(adapters.nf4_weight(module), torch.float32)
+            weight = adapters.dequantized(module)
             dense = torch.nn.Linear(
                 module.in_features, module.out_features, module.bias is not None, device="meta"
             )
@@ -145,10 +148,59 @@ def _encoder(model: torch.nn.Module) -> torch.nn.Module:
     return below.eval()
 
 
+class OwnHead:
+    """The head of a checkpoint's language model: logits of the whole vocabulary."""
+
+    about = "the checkpoint's own"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def loss(self, encoder: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed loss of `hidden` [n, d], states of `encoder`, for the tokens `labels` [n]."""
+        model, output = self.model, self.model.get_output_embeddings()
+        below, own = getattr(model, model.base_model_prefix), output.weight
+        if model.config.tie_word_embeddings:  # its rows are the encoder's embeddings
+            output.weight = encoder.get_input_embeddings().weight
+        setattr(model, model.base_model_prefix, _Given(hidden[None]))
+        try:
+            logits = model(input_ids=labels[None]).logits[0].float()
+        finally:
+            setattr(model, model.base_model_prefix, below)
+            output.weight = own
+        return cross_entropy(logits, labels, reduction="sum")
+
+
+class FittedHead(torch.nn.Module):
+    """BERT's head (dense, GELU, norm, tied embeddings, bias) over the tokens of the text."""
+
+    about = "fitted to the frozen model on other parts of the text, over its tokens alone"
+
+    def __init__(self, width: int, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        super().__init__()
+        self.dense = torch.nn.Linear(width, width)
+        self.norm = torch.nn.LayerNorm(width)
+        torch.nn.init.eye_(self.dense.weight)
+        torch.nn.init.zeros_(self.dense.bias)
+        torch.nn.init.constant_(self.norm.weight, FIT_SCALE)
+        # It begins with how often each token is seen, and learns what the states add.
+        frequencies = (counts.double() + RARE) / (counts.double() + RARE).sum()
+        self.bias = torch.nn.Parameter(frequencies.log().float())
+        self.register_buffer("tokens", tokens)
+
+    def loss(self, encoder: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed loss of `hidden` [n, d], states of `encoder`, for the tokens `labels` [n]."""
+        embeddings = encoder.get_input_embeddings().weight[self.tokens].float()
+        states = self.norm(torch.nn.functional.gelu(self.dense(hidden)))
+        logits = states @ embeddings.T + self.bias
+        assert isinstance(self.tokens, torch.Tensor)
+        return cross_entropy(logits, torch.searchsorted(self.tokens, labels), reduction="sum")
+
+
 def _judge(
-    source: Source, tokenizer: Any, masked: bool, general: Path, device: str
-) -> tuple[Any, str]:
-    """A language model of the checkpoint, whose head is the judge, and where that is from."""
+    source: Source, tokenizer: Any, masked: bool, general: Path, untrained: Any
+) -> OwnHead | FittedHead:
+    """The head that judges: the checkpoint's own, or one fitted to `untrained`'s encoder."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
@@ -166,66 +218,63 @@ def _judge(
         raise NotMeasurableError(
             f"transformers has no language model of the family {source.family}"
         ) from error
-    model.to(device).eval().requires_grad_(False)
-    lacking = {key for key in loading["missing_keys"] if not _below(model, key)}
-    if not lacking:
-        return model, "the checkpoint's own"
+    below = f"{model.base_model_prefix}."
+    if all(key.startswith(below) for key in loading["missing_keys"]):
+        return OwnHead(model.to(_device(untrained)))
     if not masked:
         raise NotMeasurableError("the checkpoint has no language-model head")
+    fitted = _fitted(getattr(model, model.base_model_prefix), tokenizer, general)
+    return fitted.to(_device(untrained))
+
+
+def _fitted(encoder: Any, tokenizer: Any, general: Path) -> FittedHead:
+    """The head of `general`, fitted to `encoder` and kept there if it is not there yet."""
+    fit = _text(tokenizer, True, "fitted on", FIT_SEQUENCES)
+    held = _text(tokenizer, True, "held out", SEQUENCES)
+    tokens = torch.unique(torch.cat([fit.tokens.flatten(), held.tokens.flatten()]))
+    counts = torch.bincount(torch.searchsorted(tokens, fit.tokens.flatten()), None, len(tokens))
+    head = FittedHead(encoder.config.hidden_size, tokens, counts)
     path = general / "head.safetensors"
     if path.exists():
-        model.load_state_dict(load_file(path, device=device), strict=False)
+        head.load_state_dict(load_file(path))
     else:
-        _fit(model, _text(tokenizer, masked, "fitted on", FIT_SEQUENCES))
+        _fit(head, encoder.eval(), fit)
         general.mkdir(parents=True, exist_ok=True)
-        # By parameter, so that what is tied is there once; the output embeddings are the base's.
-        output = model.get_output_embeddings().weight
-        kept = {
-            name: parameter.data.contiguous()
-            for name, parameter in model.named_parameters()
-            if not _below(model, name) and parameter is not output
-        }
         temporary = path.with_name(".new-" + path.name)
-        save_file(kept, temporary)
+        save_file(head.state_dict(), temporary)
         temporary.replace(path)
-    return model, "fitted to the frozen model on other parts of the text"
+    return head.requires_grad_(False)
 
 
-def _below(model: Any, key: str) -> bool:
-    return key.startswith(f"{model.base_model_prefix}.")
-
-
-def _fit(model: Any, text: Text) -> None:
-    """Fit the head of a masked language model to its own frozen encoder, in place."""
-    below = getattr(model, model.base_model_prefix)
-    states, wanted = [], []
-    with torch.inference_mode():
-        for rows in _slices(len(text.tokens)):
-            hidden = below(input_ids=text.inputs(rows).to(_device(model)))[0]
-            states.append(hidden[text.asked[rows]])
-            wanted.append(text.tokens[rows][text.asked[rows]])
-    hidden, labels = torch.cat(states).clone(), torch.cat(wanted).to(_device(model))
-    output = model.get_output_embeddings().weight
-    head = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if not _below(model, name) and parameter is not output
-    ]
+def _fit(head: FittedHead, encoder: Any, text: Text) -> None:
+    """Train the head on states of the frozen encoder."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in head:
-        parameter.requires_grad_(True)
-        if parameter.ndim > 1:  # as it begins should not depend on who drew before
-            torch.nn.init.eye_(parameter.data)
-    optimizer = torch.optim.AdamW(head, lr=FIT_RATE)
+    states, wanted = [], []
+    for _ in range(FIT_MASKS):
+        drawn = torch.rand(text.tokens.shape, generator=generator) < MASKED
+        masked = replace(text, asked=drawn & text.own)
+        with torch.inference_mode():
+            for hidden, labels in _states(encoder, masked):
+                states.append(hidden)
+                wanted.append(labels)
+    hidden, labels = torch.cat(states).clone(), torch.cat(wanted).clone()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=FIT_RATE)
     for _ in range(FIT_STEPS):
-        drawn = torch.randint(len(labels), (FIT_ROWS,), generator=generator)
-        setattr(model, model.base_model_prefix, _Given(hidden[drawn][None]))
-        logits = model(input_ids=labels[drawn][None]).logits[0]
+        some = torch.randint(len(labels), (FIT_ROWS,), generator=generator)
         optimizer.zero_grad()
-        cross_entropy(logits, labels[drawn]).backward()
+        (head.loss(encoder, hidden[some], labels[some]) / FIT_ROWS).backward()
         optimizer.step()
-    setattr(model, model.base_model_prefix, below)
-    model.requires_grad_(False)
+
+
+class _Answer(tuple[torch.Tensor]):
+    """An encoder's output as any family reads it; what else it could hold is None."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, _: str) -> None:
+        return None
 
 
 class _Given(torch.nn.Module):
@@ -236,43 +285,33 @@ class _Given(torch.nn.Module):
         self.hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutput
-
-        return BaseModelOutput(last_hidden_state=self.hidden)
+        return _Answer((self.hidden,))
 
 
 @torch.inference_mode()
-def loss(judge: Any, encoder: torch.nn.Module, text: Text) -> float:
-    """Mean loss in nats of the tokens that are asked for, `encoder` below the judge's head."""
-    device = _device(judge)
-    below = getattr(judge, judge.base_model_prefix)
-    output = judge.get_output_embeddings()
-    own = output.weight
-    if judge.config.tie_word_embeddings:  # then the head's rows are the encoder's embeddings
-        output.weight = encoder.get_input_embeddings().weight  # type: ignore[operator]
-    total = 0.0
-    try:
-        for rows in _slices(len(text.tokens)):
-            tokens, asked = text.tokens[rows].to(device), text.asked[rows].to(device)
-            hidden = encoder(input_ids=text.inputs(rows).to(device))[0]
-            if text.mask is None:  # the next token is asked for where this one is
-                hidden, asked, tokens = hidden[:, :-1], asked[:, 1:], tokens[:, 1:]
-            setattr(judge, judge.base_model_prefix, _Given(hidden[asked][None].float()))
-            logits = judge(input_ids=tokens[asked][None]).logits[0]
-            total += float(cross_entropy(logits.float(), tokens[asked], reduction="sum"))
-    finally:
-        setattr(judge, judge.base_model_prefix, below)
-        output.weight = own
-    count = text.asked.sum() if text.mask is not None else text.asked[:, 1:].sum()
-    return total / int(count)
+def loss(judge: OwnHead | FittedHead, encoder: Any, text: Text) -> float:
+    """Mean loss in nats of the tokens that are asked for, `encoder` below the judge."""
+    total, count = 0.0, 0
+    for hidden, labels in _states(encoder, text):
+        total += float(judge.loss(encoder, hidden, labels))
+        count += len(labels)
+    return total / count
+
+
+def _states(encoder: Any, text: Text) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """States [n, d] that must tell a token, and the tokens [n], some sequences at a time."""
+    device = _device(encoder)
+    for start in range(0, len(text.tokens), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        tokens, asked = text.tokens[rows].to(device), text.asked[rows].to(device)
+        hidden = encoder(input_ids=text.inputs(rows).to(device))[0].float()
+        if text.mask is None:  # the next token is asked for
+            hidden, tokens, asked = hidden[:, :-1], tokens[:, 1:], asked[:, 1:]
+        yield hidden[asked], tokens[asked]
 
 
 def _device(model: Any) -> torch.device:
     return next(iter(model.parameters())).device  # type: ignore[no-any-return]
-
-
-def _slices(count: int) -> Iterator[slice]:
-    return (slice(start, start + AT_ONCE) for start in range(0, count, AT_ONCE))
 
 
 def _text(tokenizer: Any, masked: bool, half: str, sequences: int) -> Text:
@@ -295,6 +334,7 @@ def _text(tokenizer: Any, masked: bool, half: str, sequences: int) -> Text:
     return Text(
         tokens,
         own & drawn if masked else torch.ones_like(own),
+        own,
         tokenizer.mask_token_id if masked else None,
         f"pydoc_data.topics of Python, {half} half, SHA-256 {digest[:12]}",
     )

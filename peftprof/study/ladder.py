@@ -59,15 +59,20 @@ def factor(study: Study, causes: Sequence[str] | None = None) -> dict[str, float
 
 
 def _complete(study: Study) -> list[list[CellResult]]:
-    """Complete runs by rung, as long as every rung before has one of the same seed."""
+    """Complete runs by rung, as long as every rung before has one of the same seed.
+
+    A rung without any ends it: what comes after would change more than its cause says.
+    """
     found: dict[int, list[CellResult]] = {}
     for result in study.results:
-        if result.cell.part == "ladder" and result.state == "complete" and result.step_ns:
+        if result.cell.part == "ladder":
             assert result.cell.rung is not None
-            found.setdefault(result.cell.rung, []).append(result)
+            complete = found.setdefault(result.cell.rung, [])
+            if result.state == "complete" and result.step_ns:
+                complete.append(result)
     steps: list[list[CellResult]] = []
     for number in sorted(found):
-        if steps and not pairs(steps[-1], found[number]):
+        if not found[number] or (steps and not pairs(steps[-1], found[number])):
             break
         steps.append(sorted(found[number], key=lambda result: result.cell.seed))
     return steps

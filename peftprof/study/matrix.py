@@ -1,6 +1,7 @@
 """Runs a study's cells, each in its own process, and goes on where the last time ended."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 from peftprof import errors
 from peftprof.errors import ConfigError, FetchError, FolderError, PeftprofError, StudyError
-from peftprof.records import decode, read_record
+from peftprof.records import decode, encode, read_record
 from peftprof.studies import Audit, Cell
 from peftprof.study.folder import Stored, StudyFolder
 from peftprof.study.plan import Plan
@@ -34,20 +35,19 @@ def make(folder: StudyFolder, plan: Plan, settings: Mapping[str, Any], created: 
     """
     if folder.exists:
         stored = folder.stored()
-        if (stored.recipe, stored.quick, stored.settings) != (
-            plan.recipe,
-            plan.quick,
-            dict(settings),
-        ) or not {cell.name for cell in stored.cells} <= {cell.name for cell in plan.cells}:
+        if stored.asked != asked(plan, settings):
             raise FolderError(
                 f"{folder.path} holds a study of other settings ({stored.recipe}); name another "
                 "--out"
             )
         return stored
     folder.check_free()
-    answer = ask(
-        {"do": "settle", "configs": [cell.config for cell in plan.cells]}, Path(os.devnull)
-    )
+    request = {
+        "do": "settle",
+        "configs": [cell.config for cell in plan.cells],
+        "at_most": settings.get("max_steps"),
+    }
+    answer = ask(request, Path(os.devnull))
     cells = [
         replace(cell, config=config)
         for cell, config in zip(plan.cells, answer["configs"], strict=True)
@@ -68,7 +68,14 @@ def make(folder: StudyFolder, plan: Plan, settings: Mapping[str, Any], created: 
         left_out=left_out,
         forgetting=plan.forgetting,
         audit=tuple(decode(Audit, one) for one in audits),
+        asked=asked(plan, settings),
     )
+
+
+def asked(plan: Plan, settings: Mapping[str, Any]) -> str:
+    """A digest of everything that is asked for, before anything is settled on a machine."""
+    text = json.dumps([encode(plan), dict(settings)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _that_change(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:

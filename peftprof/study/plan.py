@@ -17,7 +17,7 @@ changes what `cause` names; the first has no cause.
 
 import dataclasses
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -112,6 +112,7 @@ def make_plan(recipe: str, overrides: Overrides) -> Plan:
         cells += reversed(around) if turn % 2 else around
     told = ". ".join(filter(None, [str(table.get("quick", "")), overrides.quick()]))
     forgetting = _ranks(table, "forgetting")
+    _different(cells)
     return Plan(name, str(table.get("about", "")), told, tuple(cells), forgetting)
 
 
@@ -130,6 +131,8 @@ class _Maker:
         for method, tried in rates.items():
             if not isinstance(tried, list) or not tried:
                 raise ConfigError(f"[search.rates] {method} wants a list of rates")
+            if wrong := [r for r in tried if not isinstance(r, int | float) or isinstance(r, bool)]:
+                raise ConfigError(f"[search.rates] {method} has {wrong[0]!r}, which is no rate")
             for rate in tried:
                 config = self._config(
                     method,
@@ -164,14 +167,24 @@ class _Maker:
     def ladder(self, seed: int, seeds: tuple[int, ...], turn: int) -> Iterator[Cell]:
         ladder = _table(self.table, "ladder")
         _known(ladder, LADDER_KEYS, "[ladder]")
-        if seed not in ladder.get("seeds", seeds):
+        asked = _numbers(ladder, "seeds") if "seeds" in ladder else seeds
+        if wrong := [number for number in asked if number not in seeds]:
+            raise ConfigError(f"[ladder] names seed {wrong[0]}, which is not among the seeds")
+        if seed not in asked:
             return
         settings: dict[str, Any] = dict(_table(ladder, "settings"))
         method = ""
-        for number, rung in enumerate(ladder.get("rungs", [])):
+        rungs = ladder.get("rungs", [])
+        if not isinstance(rungs, list) or not all(isinstance(rung, dict) for rung in rungs):
+            raise ConfigError("the rungs of the ladder are no tables: write [[ladder.rungs]]")
+        causes: set[str] = set()
+        for number, rung in enumerate(rungs):
             _known(rung, RUNG_KEYS, "a rung of the ladder")
             if bool(rung.get("cause")) != bool(number):
                 raise ConfigError("every rung of the ladder but the first has a cause")
+            if number and (not isinstance(rung["cause"], str) or rung["cause"] in causes):
+                raise ConfigError(f"the ladder's cause {rung['cause']!r} must be a name of its own")
+            causes.add(rung.get("cause", ""))
             method = rung.get("method", method)
             settings |= _table(rung, "settings")
             cause = rung.get("cause", "")
@@ -204,6 +217,8 @@ class _Maker:
             # A quick look shortens; what is shorter already stays.
             if given.get(key) is not None and isinstance(settings.get(key), int):
                 given[key] = min(given[key], settings[key])
+        if settings.get("max_steps") is None:
+            given.pop("max_steps", None)  # how many steps its epochs are shows when it is settled
         return RunConfig.from_json(settings | given)
 
 
@@ -243,6 +258,15 @@ def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{key} of the recipe is no table")
     return value
+
+
+def _different(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError where two cells would have the same name: rates that look the same."""
+    names: set[str] = set()
+    for cell in cells:
+        if cell.name in names:
+            raise ConfigError(f"the recipe asks twice for {cell.name}; leave one out")
+        names.add(cell.name)
 
 
 def _ranks(table: Mapping[str, Any], key: str) -> tuple[int, ...]:

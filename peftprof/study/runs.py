@@ -95,5 +95,8 @@ def open_study(asked: Asked) -> Opened:
     stored = matrix.make(folder, plan, overrides.to_json(), now)
     if not known:
         with folder.held():
-            folder.store(stored)
+            if folder.exists:  # another process has made one meanwhile: the same, or refused
+                stored = matrix.make(folder, plan, overrides.to_json(), now)
+            else:
+                folder.store(stored)
     return Opened(folder, stored)

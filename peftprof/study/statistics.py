@@ -123,7 +123,8 @@ def time_ratio(
     of one run share whatever slowed the machine, so only runs are counted as independent. The
     value is the geometric mean; the interval is Student's over the logarithms, or, of a
     single pair, a bootstrap over its steps, which knows nothing of differences between runs.
-    p is of a two-sided test that the ratio is 1; None of a single pair.
+    p is of a two-sided test that the ratio is 1; None of a single pair, or of pairs that all
+    have the same ratio and it is not 1.
     """
     if len(a) != len(b) or not a:
         raise ValueError("runs without a partner are no pairs")
@@ -135,7 +136,10 @@ def time_ratio(
             None,
         )
     found = mean(logs)
-    p = float(stats.ttest_1samp(logs, 0).pvalue) if len(set(logs)) > 1 else None
+    # Without a spread nothing is known but that no difference is none.
+    p: float | None = None if any(logs) else 1.0
+    if len(set(logs)) > 1:
+        p = float(stats.ttest_1samp(logs, 0).pvalue)
     return (
         Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), len(logs)),
         p,
@@ -143,6 +147,8 @@ def time_ratio(
 
 
 def _about(each: np.ndarray, runs: int) -> Interval:
+    if len(each) < 2:  # one example can say anything
+        return Interval(float(each.mean()), -1.0, 1.0, runs)
     found = stats.bootstrap(
         (each,),
         np.mean,
@@ -158,7 +164,7 @@ def _about(each: np.ndarray, runs: int) -> Interval:
 def _signs(each: np.ndarray) -> float:
     """Two-sided p of the mean under random signs; examples without a difference say nothing."""
     telling = each[each != 0]
-    if not len(telling):
+    if len(telling) < 2:  # of one either sign is as far from 0
         return 1.0
     found = stats.permutation_test(
         (telling,),

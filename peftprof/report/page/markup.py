@@ -4,7 +4,7 @@ from html import escape
 
 from peftprof.report.words import clean
 
-VOID = {"br", "col", "hr", "link", "meta"}
+VOID = {"br", "col", "hr", "img", "link", "meta"}
 
 
 class Html(str):

@@ -6,12 +6,18 @@ from peftprof.report.study.sheets import Sheet, mark, sheets, shown
 from peftprof.report.words import clean
 from peftprof.studies import Judged
 
+# As references: a backslash would mean something else after another one.
+ESCAPED = {ord(letter): f"&#{ord(letter)};" for letter in "\\`*[]|"} | {
+    ord("&"): "&amp;",
+    ord("<"): "&lt;",
+}
+
 
 def to_markdown(judged: Judged, figures: Sequence[tuple[str, str]]) -> str:
     """The summary: verdicts with their evidence, tables, figures (file and caption)."""
     study = judged.study
     lines = [f"# {_text(study.about or study.recipe)}", ""]
-    lines += [f"Recipe `{_text(study.recipe)}`, begun {_text(study.created)}.", ""]
+    lines += [f"Recipe {_text(study.recipe)}, begun {_text(study.created)}.", ""]
     if study.quick:
         lines += [f"**{_text(mark(judged))}.**", ""]
     lines += ["## The paper's claims", ""]
@@ -37,5 +43,5 @@ def _table(sheet: Sheet) -> list[str]:
 
 
 def _text(words: str) -> str:
-    """Words that cannot end a cell, begin an element, or be one."""
-    return clean(words).replace("|", "\\|").replace("<", "&lt;")
+    """Words that cannot end a cell, begin an element, or be a link, a picture or code."""
+    return clean(words).translate(ESCAPED)

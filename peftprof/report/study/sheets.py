@@ -1,6 +1,6 @@
 """A study's tables as text, once, for the terminal, Markdown and the page."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from peftprof.report.study.paper import MACHINE, PRINTED, PROFILED
@@ -9,6 +9,7 @@ from peftprof.studies import CellResult, Figure, Interval, Judged
 
 SURE = 0.05
 SAME = "not told apart"
+METHODS = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,39 @@ def mark(judged: Judged) -> str:
     return f"quick look: {judged.study.quick}" if judged.study.quick else ""
 
 
+def configurations(judged: Judged) -> list[str]:
+    """Configurations that anything is known of."""
+    return ordered({**judged.throughput, **judged.accuracy, **judged.memory})
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Configurations `method` or `method-rR` by method, then rank."""
+
+    def place(name: str) -> tuple[int, str, int]:
+        method, _, rank = name.partition("-r")
+        known = METHODS.index(method) if method in METHODS else len(METHODS)
+        return known, method, int(rank) if rank.isdecimal() else 0
+
+    return sorted(names, key=place)
+
+
 def _noted(judged: Judged, *notes: str) -> str:
     told = [mark(judged), *notes]
     return ". ".join(note.rstrip(".") for note in told if note)
 
 
 def _method(judged: Judged, method: str, title: str) -> Sheet:
-    names = [n for n in judged.throughput if n == method or n.startswith(f"{method}-")]
+    names = [n for n in configurations(judged) if n == method or n.startswith(f"{method}-")]
     rows = []
     for name in names:
         paper = PRINTED.get(name)
-        live = _live(judged, name)
+        trained = live(judged, name)
         rows.append(
             (
                 name,
                 percent(judged.accuracy.get(name)),
                 _plain(paper.accuracy if paper else None, "{:.2f}"),
-                "" if live is None else count(live),
+                "" if trained is None else count(trained),
                 _plain(paper.trainable if paper else None, "{:,.0f}"),
                 size(judged.memory.get(name)),
                 _plain(paper.peak_mb if paper else None, "{:.0f} MB"),
@@ -86,7 +103,7 @@ def _method(judged: Judged, method: str, title: str) -> Sheet:
 
 def _profiled(judged: Judged) -> Sheet:
     rows = []
-    for name in judged.throughput:
+    for name in configurations(judged):
         found = next((r for r in _runs(judged, name) if r.breakdown is not None), None)
         if found is None or found.breakdown is None or found.record is None:
             continue
@@ -232,7 +249,7 @@ def _runs(judged: Judged, name: str) -> Iterator[CellResult]:
             yield result
 
 
-def _live(judged: Judged, name: str) -> int | None:
+def live(judged: Judged, name: str) -> int | None:
     """Parameters that got a gradient, in the first complete run of a configuration."""
     counts = (run.record.trainable for run in _runs(judged, name) if run.record is not None)
     return next((count.live for count in counts if count is not None), None)

@@ -16,6 +16,9 @@ def write(judged: Judged, folder: Path) -> Path:
     """
     drawn = figures(judged)
     picture.make_folder(folder / "figures")
+    for old in (folder / "figures").glob("*.svg"):  # of a report that had more
+        if old.name not in {figure.file for figure in drawn}:
+            old.unlink()
     for figure in drawn:
         picture.save(figure.svg, folder / "figures" / figure.file, "the figure")
     named = [(figure.file, figure.caption) for figure in drawn]
