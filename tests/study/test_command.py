@@ -171,16 +171,16 @@ WORKS = {
 def test_odd_data_that_works(lines, values, command, recipe, table, tmp_path):
     out = tmp_path / "study"
     given = ["--recipe", recipe(dataset=table(lines), **values), "--out", out]
-    code, _, err = command(*given, "--only", "lora-r2-s1", "--only", "full-s1")
+    code, _, err = command(*given, "--only", "lora-r2-s1")
     assert (code, err) == (0, "")
     folder = StudyFolder(out)
-    for name in ("lora-r2-s1", "full-s1"):
-        record = read_record(folder.run(name))
-        assert record.state == "complete"
-        assert record.accuracy is not None
-        assert record.accuracy.examples == len(folder.stored().labels)
+    record = read_record(folder.run("lora-r2-s1"))
+    assert record.state == "complete"
+    assert record.accuracy is not None
+    assert record.accuracy.examples == len(folder.stored().labels)
 
 
+@pytest.mark.slow
 def test_the_whole_command_writes_its_report_and_says_where(command, recipe, tmp_path):
     out = tmp_path / "study"
     code, printed, err = command("--recipe", recipe(), "--out", out, "--max-steps", "7")
@@ -218,6 +218,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_stops_the_study_and_loses_nothing(command, recipe, small_disk):
     disk = small_disk("4k")
     given = ["--recipe", recipe(), "--out", disk / "study"]

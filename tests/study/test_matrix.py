@@ -41,6 +41,7 @@ def complete(opened) -> dict[str, CellResult]:
     return {r.cell.name: r for r in found}
 
 
+@pytest.mark.slow
 def test_a_study_is_run_judged_and_nothing_twice(opened, recipe, heard, in_process):
     study = opened(recipe())
     assert study.names() == NAMES
@@ -174,6 +175,7 @@ def test_what_every_run_would_meet_stops_the_study_and_fails_no_run(
     assert heard.cells == ["full-s1"]
 
 
+@pytest.mark.slow
 def test_runs_that_were_interrupted_go_on_and_those_that_never_began_begin(
     opened, recipe, heard, monkeypatch
 ):
@@ -268,6 +270,7 @@ def test_a_study_made_meanwhile_is_not_written_over(opened, recipe, monkeypatch)
     assert opened(other).stored == first[1].stored
 
 
+@pytest.mark.slow
 def test_the_search_comes_first_and_its_rate_is_taken(opened, recipe, heard):
     study = opened(recipe(SEARCH))
     assert study.names() == ["search-lora-1e-05", "search-lora-0.03", *NAMES]
@@ -289,6 +292,7 @@ def test_the_search_comes_first_and_its_rate_is_taken(opened, recipe, heard):
     assert "tuning" in data["search-lora-0.03"].split
 
 
+@pytest.mark.slow
 def test_a_rate_that_failed_is_out_and_if_all_failed_the_recipes_stays(opened, recipe, heard):
     study = opened(recipe(SEARCH))
     study.folder.fail("search-lora-0.03", "a loss of nan")
@@ -309,6 +313,7 @@ def test_a_rung_that_changes_nothing_here_is_left_out_and_named(opened, recipe):
     assert study.names() == [*NAMES, "ladder-0-s1", "ladder-1-s1", "ladder-3-s1"]
 
 
+@pytest.mark.slow
 def test_a_ladder_of_real_runs_adds_up(opened, recipe, heard):
     study = opened(recipe(LADDER.replace('precision = "auto"', 'precision = "fp32"')))
     study.run(heard)
@@ -335,6 +340,7 @@ def test_a_quick_look_cuts_epochs_and_lengthens_nothing(opened, recipe, tmp_path
     assert steps(1000) == {"full": None, "lora": 4, "qlora": None}
 
 
+@pytest.mark.slow
 def test_forgetting_is_asked_of_full_and_of_the_ranks_named_once(
     opened, recipe, heard, monkeypatch, in_process
 ):
