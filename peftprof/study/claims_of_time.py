@@ -10,10 +10,10 @@ from peftprof.study.evidence import (
     UNTESTABLE,
     Claim,
     Results,
-    above,
     few,
     figure,
     number,
+    ratio_above,
     share,
 )
 from peftprof.study.ladder import LAUNCH, START
@@ -40,7 +40,7 @@ def _speedup(results: Results, claim: Claim) -> Verdict:
     ]
     caveat = " ".join(filter(None, [results.batches("full", "lora"), few(found.difference)]))
     evidence = f"{found.b} against {found.a}, by pairs of seeds; below it what the ladder gives."
-    return claim.verdict(above(found.difference, LORA_SPEEDUP), figures, evidence, caveat)
+    return claim.verdict(ratio_above(found.difference, LORA_SPEEDUP), figures, evidence, caveat)
 
 
 def _gradient_work(results: Results, claim: Claim) -> Verdict:
@@ -129,17 +129,18 @@ def _dequantise(results: Results, claim: Claim) -> Verdict:
         figures.append(number("dequantising", dequant / 1e6, "ms"))
         figures.append(number("QLoRA's step - LoRA's, profiled", slower / 1e6, "ms"))
         part = dequant / slower if slower > 0 else None
-    slower_at_all = found.difference.high < 1
+    slower_at_all = found.difference.n > 1 and found.difference.high < 1
     caveat = " ".join(filter(None, [results.batches("lora", "qlora"), few(found.difference)]))
     evidence = f"{found.b} against {found.a}, by pairs of seeds, and the breakdown of each."
-    if found.difference.low >= 1:
+    if found.difference.n > 1 and found.difference.low >= 1:
         return claim.verdict(FAILS, figures, evidence + " QLoRA is not slower here.", caveat)
     if not slower_at_all:
         return claim.verdict(
             UNTESTABLE, figures, evidence + " The runs do not tell the two apart.", caveat
         )
     if part is None:
-        return claim.untestable("QLoRA is slower, but no profile says by what.", figures)
+        told = evidence + " QLoRA is slower, but no profile says by what."
+        return claim.verdict(UNTESTABLE, figures, told, caveat)
     return claim.verdict(HOLDS if part >= 0.5 else FAILS, figures, evidence, caveat)
 
 
@@ -151,7 +152,7 @@ def _qlora_speedup(results: Results, claim: Claim) -> Verdict:
     figures = [figure("QLoRA / full, examples a second", found.difference, "x", QLORA_SPEEDUP)]
     caveat = " ".join(filter(None, [results.batches("full", "qlora"), few(found.difference)]))
     evidence = f"{found.b} against {found.a}, by pairs of seeds."
-    return claim.verdict(above(found.difference, QLORA_SPEEDUP), figures, evidence, caveat)
+    return claim.verdict(ratio_above(found.difference, QLORA_SPEEDUP), figures, evidence, caveat)
 
 
 CLAIMS = (

@@ -101,6 +101,11 @@ def above(interval: Interval, least: float) -> str:
     return FAILS if interval.high < least else UNTESTABLE
 
 
+def ratio_above(interval: Interval, least: float) -> str:
+    """The same of a ratio of times, which one pair of runs cannot tell."""
+    return above(interval, least) if interval.n > 1 else UNTESTABLE
+
+
 def figure(what: str, interval: Interval, unit: str = "", paper: float | None = None) -> Figure:
     """An interval as a figure of the evidence."""
     return Figure(what, interval.value, interval.low, interval.high, unit, paper)

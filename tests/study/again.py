@@ -70,7 +70,7 @@ def faster(raw: Raw, a: str, b: str) -> tuple[float, float] | None:
         return None
     logs = [math.log(raw.time(before[s]) / raw.time(after[s])) for s in shared]
     if len(logs) == 1:
-        return math.exp(logs[0]), math.exp(logs[0])
+        return None
     low, high = student(logs)
     return math.exp(low), math.exp(high)
 
@@ -211,7 +211,7 @@ def lost_accuracy(raw: Raw) -> str:
         each = [statistics.mean(a - b for a, b in example) for example in zip(*pairs, strict=True)]
         half = 1.96 * statistics.pstdev(each) / math.sqrt(len(each))  # a bootstrap's, near enough
         low, high = statistics.mean(each) - half, statistics.mean(each) + half
-        verdicts.append(FAILS if high < 0.04 else HOLDS if low > 0 else UNTESTABLE)
+        verdicts.append(FAILS if high < 0.04 or low > 0.04 else HOLDS if low > 0 else UNTESTABLE)
     return both(verdicts)
 
 
