@@ -312,14 +312,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_run, tmp_path, quiet):
 
 
 def test_a_base_weight_that_changes_voids_the_run(small_run, tmp_path, quiet, monkeypatch):
-    real = loop.Trainee.evaluate
+    real = loop.Trainee.predict
 
     def meddling(self):
         frozen = next(p for p in self.model.parameters() if not p.requires_grad)
         frozen.data.view(-1)[0] += 1
         return real(self)
 
-    monkeypatch.setattr(loop.Trainee, "evaluate", meddling)
+    monkeypatch.setattr(loop.Trainee, "predict", meddling)
     with pytest.raises(TrainingError, match="base weights changed"):
         runner.train(small_run("lora", profiler="none"), tmp_path / "run", [], quiet)
 
