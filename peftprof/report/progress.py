@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from peftprof.report.units import mib
 from peftprof.watcher import StudyWatcher, Watcher
@@ -20,15 +27,19 @@ def watcher(console: Console) -> Iterator[Watcher]:
     if not console.is_terminal:
         yield LineWatcher(console)
         return
-    with Progress(
+    with _bars(console, TimeRemainingColumn(compact=True)) as progress:
+        yield LiveWatcher(progress)
+
+
+def _bars(console: Console, *more: ProgressColumn) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True),
+        *more,
         console=console,
-    ) as progress:
-        yield LiveWatcher(progress)
+    )
 
 
 def figures(loss: float, samples_per_s: float, memory_bytes: int | None) -> str:
@@ -98,13 +109,7 @@ def study_watcher(console: Console) -> Iterator[StudyWatcher]:
     if not console.is_terminal:
         yield StudyLines(console)
         return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=console,
-    ) as progress:
+    with _bars(console) as progress:
         yield StudyBars(progress)
 
 
