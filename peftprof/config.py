@@ -57,6 +57,7 @@ class RunConfig:
     precision: str = "auto"
     padding: str = "auto"
     cuda_graphs: str = "auto"
+    checkpointing: bool = False
     seed: int = 42
     device: str = "auto"
     profiler: str = "auto"
@@ -170,7 +171,7 @@ def _as(kind: Any, name: str, value: Any) -> Any:
         return tuple(value)
     if kind in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
         raise ConfigError(f"{name} cannot be {value!r}")
     return value
 

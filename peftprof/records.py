@@ -59,7 +59,10 @@ class Trainable:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of the timed pass in bytes; None with its reason in `absent` when not measurable."""
+    """Peaks of the timed pass in bytes; None with its reason in `absent` when not measurable.
+
+    Of a run over several processes each is the largest that one of them had.
+    """
 
     allocated_bytes: int | None
     reserved_bytes: int | None
@@ -70,7 +73,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy of the timed steps in joules by counter; `absent` says why one is missing."""
+    """Energy of the timed steps in joules by counter; `absent` says why one is missing.
+
+    Of a run over several processes it is the sum over GPUs and machines.
+    """
 
     joules: dict[str, float]
     absent: dict[str, str] = field(default_factory=dict)
@@ -90,7 +96,10 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Timed:
-    """The unprofiled pass. Warm-up steps, evaluation and checkpoints are outside every figure."""
+    """The unprofiled pass. Warm-up steps, evaluation and checkpoints are outside every figure.
+
+    Of a run over several processes, samples and tokens are all of theirs, times the first's.
+    """
 
     steps: int
     warmup_steps: int
@@ -176,7 +185,8 @@ class Execution:
     `token_multiple`. `frozen_dtype` is what frozen dense weights are stored in, None where
     none is. `native_dequantise` says whether compiled code of bitsandbytes dequantised on
     the CPU. `tf32` is what torch was told of fp32 products on a GPU; `cuda_graphs` is known
-    when the timed pass is over.
+    when the timed pass is over. `processes` is how many devices each batch was shared out
+    to, and `backend` (nccl, gloo) what added up their gradients.
     """
 
     padding: str
@@ -187,6 +197,8 @@ class Execution:
     tf32: bool
     threads: int
     cuda_graphs: GraphRecord | None = None
+    processes: int = 1
+    backend: str | None = None
 
 
 @dataclass(frozen=True)

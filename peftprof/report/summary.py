@@ -70,6 +70,15 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
         rows.append(("energy", _energy(record.energy)))
     if record.profiled:
         rows.append(("profiled", _profiled(record)))
+    if record.execution and record.execution.processes > 1:
+        e = record.execution
+        rows.append(
+            (
+                "devices",
+                f"{e.processes}, joined by {e.backend}: samples and energy of all, memory of the "
+                "largest process, times of the first",
+            )
+        )
     kernels = "" if config["method"] == "full" else f", kernels {config['kernels']}"
     triton = record.environment.get("kernels", {}).get("triton", {})
     if config["kernels"] == "triton" and triton.get("interpreted"):

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from peftprof.errors import InputError
+from peftprof.run import distributed
 from peftprof.run.tables import Examples
 from peftprof.run.tokens import tokenise
 from peftprof_kernels import Group, grouped
@@ -65,18 +66,20 @@ class Batch:
     """The examples of one optimiser step, in one part or several.
 
     `real_tokens` are the examples' own, `padded_tokens` what the model computes: padding
-    included, where there is any.
+    included, where there is any. Of several processes each has its share: `samples`, which
+    may be none, of the `whole` batch.
     """
 
     parts: tuple[Part, ...]
     samples: int
     real_tokens: int
     padded_tokens: int
+    whole: int
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`."""
         parts = tuple(part.to(device) for part in self.parts)
-        return Batch(parts, self.samples, self.real_tokens, self.padded_tokens)
+        return Batch(parts, self.samples, self.real_tokens, self.padded_tokens, self.whole)
 
 
 class Batches:
@@ -119,6 +122,24 @@ class Batches:
         self.multiple = multiple
         self._epoch: tuple[int, list[int]] | None = None
 
+    @classmethod
+    def of_lengths(
+        cls,
+        lengths: Sequence[int],
+        names: Sequence[str],
+        padding: str,
+        first_position: int = 0,
+        multiple: int = 1,
+    ) -> "Batches":
+        """Examples of these lengths that say nothing: all tokens and labels are 0."""
+        made = object.__new__(cls)
+        rows = [torch.zeros(length, dtype=torch.long) for length in lengths]
+        made.columns = {n: rows for n in ("input_ids", "token_type_ids") if n in names}
+        made.fill, made.labels, made.lengths = {}, [0] * len(rows), list(lengths)
+        made.batch_size, made.seed, made.padding = len(rows), 0, padding
+        made.first_position, made.multiple, made._epoch = first_position, multiple, None
+        return made
+
     @property
     def per_epoch(self) -> int:
         """Steps in an epoch; the last batch may be smaller, and none is dropped."""
@@ -137,23 +158,33 @@ class Batches:
         return self._epoch[1][start : start + self.batch_size]
 
     def at(self, step: int) -> Batch:
-        """The training batch of optimiser step `step` (from 0)."""
-        return self.collate(self.indices(step))
+        """The training batch of optimiser step `step` (from 0), or this process's share of it."""
+        return self._share(self.indices(step))[1]
 
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, shortest first, so that evaluation pads little.
 
-        With each batch go the numbers of its examples, in the order of its parts' labels.
+        With each batch go the numbers of its examples, in the order of its parts' labels. Of
+        several processes each gets its share of every batch.
         """
         order = sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
         for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            yield numbers, self.collate(numbers)
+            yield self._share(order[start : start + batch_size])
 
-    def collate(self, indices: Sequence[int]) -> Batch:
-        """A batch of these examples. Packed and split, they come by length."""
-        if self.padding == "pad":
-            parts: tuple[Part, ...] = (self._padded(indices),)
+    def _share(self, indices: list[int]) -> tuple[list[int], Batch]:
+        """This process's examples of a batch, by length so that tokens are shared out too."""
+        whole = len(indices)
+        if distributed.size() > 1:
+            indices = distributed.share(sorted(indices, key=lambda i: self.lengths[i]))
+        return indices, self.collate(indices, whole)
+
+    def collate(self, indices: Sequence[int], whole: int | None = None) -> Batch:
+        """A batch of these examples, or its share that they are. Packed and split, by length."""
+        parts: tuple[Part, ...] = ()
+        if not indices:
+            pass
+        elif self.padding == "pad":
+            parts = (self._padded(indices),)
         else:
             indices = sorted(indices, key=lambda i: self.lengths[i])
             lengths = [self.lengths[i] for i in indices]
@@ -169,6 +200,7 @@ class Batches:
             samples=len(indices),
             real_tokens=sum(self.lengths[i] for i in indices),
             padded_tokens=sum(part.inputs["input_ids"].numel() for part in parts),
+            whole=len(indices) if whole is None else whole,
         )
 
     def _padded(self, indices: Sequence[int]) -> Part:

@@ -14,7 +14,7 @@ import torch
 
 from peftprof import annotate
 from peftprof.records import Profiled
-from peftprof.run import adapters
+from peftprof.run import adapters, distributed
 from peftprof.run.folder import RunFolder, Step
 from peftprof.run.loop import Trainee
 from peftprof.run.meters import StepClock
@@ -45,8 +45,9 @@ def profile(
             losses.append(loss)
             advance(number)
     durations = clock.durations_ns()
-    watcher.steps(len(losses), float(losses[-1]), 0.0, None)
-    difference = _difference(torch.stack(losses).tolist(), timed)
+    whole = distributed.summed(torch.stack(losses)).tolist()
+    watcher.steps(len(whole), whole[-1], 0.0, None)
+    difference = _difference(whole, timed)
     return Profiled(
         profiler=profiler,
         trace=TRACE if profiler == "torch" else None,
@@ -97,6 +98,8 @@ def _torch_profiler(trainee: Trainee, folder: RunFolder) -> Iterator[Callable[[i
         activities.append(ProfilerActivity.CUDA)
 
     def save(finished: Any) -> None:
+        if not folder.writes:
+            return
         with folder.whole(TRACE) as new:
             finished.export_chrome_trace(str(new))
 

@@ -56,9 +56,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder at `path`."""
+    """A run folder at `path`; of several processes one `writes`, and the others drop it."""
 
     path: Path
+    writes: bool = True
 
     @classmethod
     def check_free(cls, path: Path) -> "RunFolder":
@@ -90,6 +91,9 @@ class RunFolder:
         Raises FolderError when another process holds it, has made a run in it meanwhile,
         or it cannot be made.
         """
+        if not self.writes:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path, os.O_RDONLY)
@@ -110,6 +114,8 @@ class RunFolder:
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""
+        if not self.writes:
+            return
         text = json.dumps(encode(record), indent=2)
         with self.whole("run.json") as new:
             new.write_text(text + "\n", encoding="utf-8")
@@ -135,6 +141,8 @@ class RunFolder:
         return self._read_lines("evaluations.jsonl", Evaluation)
 
     def _write_lines(self, name: str, rows: Iterable[Any]) -> None:
+        if not self.writes:
+            return
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
         with self.whole(name) as new:
             new.write_text(lines, encoding="utf-8")
@@ -151,7 +159,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[Path]:
-        """A temporary path for a file that becomes `name` when the block ends well."""
+        """A temporary path for a file that becomes `name` when the block ends well.
+
+        For the process that `writes` alone.
+        """
         # The suffix stays at the end: writers choose their format by it.
         temporary = self.path / f".new-{os.getpid()}-{name}"
         try:
@@ -166,6 +177,8 @@ class RunFolder:
 
     def save_folder(self, name: str, save: Callable[[Path], None]) -> None:
         """Let `save` fill a temporary folder that then becomes `name`."""
+        if not self.writes:
+            return
         try:
             with tempfile.TemporaryDirectory(dir=self.path, prefix=".new-") as work:
                 made = Path(work) / name

@@ -1,14 +1,17 @@
 """The same modules, less work: what a model does more often than its mathematics asks for."""
 
+import functools
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from peftprof.config import RunConfig
 from peftprof.records import Execution
-from peftprof.run import packing
-from peftprof.run.model import DTYPES
+from peftprof.run import distributed, narrow, packing
+from peftprof.run.model import DTYPES, Family
 from peftprof_kernels import dropout, native_dequantize
 
 
@@ -27,6 +30,22 @@ def prepare(model: torch.nn.Module, config: RunConfig) -> None:
                 module.forward = types.MethodType(_dropout, module)  # type: ignore[method-assign]
 
 
+def checkpoint_activations(model: Any, family: Family) -> None:
+    """Keep of each layer its input alone, and compute it anew in backward, in place.
+
+    Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost. `model` is a
+    transformers classifier, or PEFT's of one. A last layer that is narrowed keeps what it
+    has, which is little.
+    """
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in classifier.get_submodule(family.layers):
+        if not any(hasattr(module, narrow.HOLDER) for module in layer.modules()):
+            # To the layer's end, so that ranges and caches in it are left as they were found.
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, early_stop=False
+            )
+
+
 def describe(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig
 ) -> Execution:
@@ -41,6 +60,8 @@ def describe(
         native_dequantise=native_dequantize() is not None and config.method == "qlora",
         tf32=torch.get_float32_matmul_precision() != "highest",
         threads=torch.get_num_threads(),
+        processes=distributed.size(),
+        backend=distributed.backend(config.device),
     )
 
 

@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 from peftprof import annotate
 from peftprof.config import RunConfig
 from peftprof.records import GraphRecord
-from peftprof.run import adapters
+from peftprof.run import adapters, distributed
 from peftprof.run.batches import Batch, Part, Segments
 from peftprof.run.source import one_line
 from peftprof_kernels import Group
@@ -58,10 +58,14 @@ def possible(config: RunConfig) -> str | None:
         return f"a CUDA graph needs a CUDA device, and the run is on {config.device}"
     if config.cuda_graphs == "off":
         return "asked not to"
+    if distributed.size() > 1:
+        return "several processes add up their gradients between backward and optimizer"
     if config.padding != "packed":
         return f"batches have few shapes only when they are packed, and these are {config.padding}"
     if config.precision == "fp16":
         return "the loss scaling of fp16 keeps its state on the host"
+    if config.checkpointing:
+        return "activation checkpointing keeps random states on the host"
     if config.kernels == "torch" and config.dropout > 0 and config.method != "full":
         return "the torch kernels seed an adapter's dropout on the host: a graph would repeat it"
     return None

@@ -1,25 +1,31 @@
 """The training loop: one optimiser step, the timed pass, evaluation, checkpoints."""
 
-import json
+import functools
 import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from peftprof import annotate
 from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TrainingError
 from peftprof.records import Accuracy, Energy, GraphRecord, Memory, Trainable, decode, encode
-from peftprof.run import adapters, graphs, packing
+from peftprof.run import adapters, distributed, graphs, packing
 from peftprof.run.batches import Batch, Batches, Part
+from peftprof.run.checkpoint import load_checkpoint, save_checkpoint
 from peftprof.run.folder import Evaluation, RunFolder, Step
-from peftprof.run.meters import EnergyMeter, PeakMemory, StepClock, added, give_back, together
+from peftprof.run.meters import (
+    EnergyMeter,
+    PeakMemory,
+    StepClock,
+    added,
+    energy_of_all,
+    give_back,
+    together,
+)
 from peftprof.run.model import DTYPES
 from peftprof.run.statistics import wilson
 from peftprof.watcher import Watcher
@@ -57,6 +63,7 @@ class Trainee:
     def step(self, number: int, eager: bool = False) -> tuple[torch.Tensor, Batch]:
         """Optimiser step `number` (from 0): its loss, still on the device, and its batch.
 
+        Of several processes each gives its share of both: losses add up to the step's.
         `eager`: not as a CUDA graph, which leaves no gradients to look at.
         """
         if number % GIVE_BACK_EVERY == 0 and self.device.type == "cpu":
@@ -69,8 +76,11 @@ class Trainee:
                 loss = self.graphed.step(number, batch)
             if loss is None:
                 # Of the parts' sums, not means, so that every example counts the same.
-                losses = [self._learn(part, batch.samples) for part in batch.parts]
-                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                losses = [self._learn(part, batch.whole) for part in batch.parts]
+                loss = losses[0] if len(losses) == 1 else self._total(losses)
+                if distributed.size() > 1:
+                    with annotate.phase("backward"):
+                        distributed.add_up_gradients(self._parameters(), bool(losses))
                 with annotate.phase("optimizer"):
                     self._update(number)
             if self.device.type == "cuda":
@@ -98,15 +108,25 @@ class Trainee:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def _total(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        if losses:
+            return torch.stack(losses).sum()
+        # A process without an example. The scaler begins with the first loss it is given.
+        nothing = torch.zeros((), device=self.device)
+        self.scaler.scale(nothing)
+        return nothing
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _update(self, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(number)
         limit = self.config.max_grad_norm
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
             with annotate.op("grad_clip"):
-                torch.nn.utils.clip_grad_norm_(parameters, limit)
+                torch.nn.utils.clip_grad_norm_(self._parameters(), limit)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             return
@@ -124,17 +144,22 @@ class Trainee:
     def predict(self) -> tuple[tuple[int, ...], float]:
         """The class of every validation example, and their mean loss; draws no random number."""
         self.model.eval()
-        predicted, loss = [0] * len(self.validation.labels), 0.0
+        predicted, own_loss = [0] * len(self.validation.labels), 0.0
+        found: dict[int, int] = {}
         with annotate.phase("eval"):
             for numbers, batch in self.validation.in_order(2 * self.config.batch_size):
                 classes: list[int] = []
                 for part in batch.to(self.device).parts:
                     with self.autocast():
                         logits = packing.logits(self.model, part).float()
-                    loss += float(cross_entropy(logits, part.labels, reduction="sum"))
+                    own_loss += float(cross_entropy(logits, part.labels, reduction="sum"))
                     classes += logits.argmax(-1).tolist()
-                for number, found in zip(numbers, classes, strict=True):
-                    predicted[number] = found
+                found |= dict(zip(numbers, classes, strict=True))
+            loss = 0.0
+            for theirs, their_loss in distributed.gathered((found, own_loss)):
+                loss += their_loss
+                for number, label in theirs.items():
+                    predicted[number] = label
         self.model.train()
         return tuple(predicted), loss / len(predicted)
 
@@ -170,7 +195,8 @@ def make_trainee(
     )
     total = config.max_steps or math.ceil(config.epochs * train.per_epoch)
     model.train()
-    torch.manual_seed(config.seed)
+    # Each process drops out of other examples, so it must drop out other numbers.
+    torch.manual_seed(distributed.seed(config.seed))
     return Trainee(config, model, optimizer, scaler, train, validation, total)
 
 
@@ -248,24 +274,19 @@ class TimedLoop:
         durations = self.clock.durations_ns()  # waits for the device
         self.energy.pause()
         self.memory.sample()
-        losses = torch.stack([loss for _, loss, _ in self._waiting]).tolist()
-        for (number, _, batch), loss, ns in zip(self._waiting, losses, durations, strict=True):
+        losses = distributed.summed(torch.stack([loss for _, loss, _ in self._waiting])).tolist()
+        shares = [[b.samples, b.real_tokens, b.padded_tokens] for _, _, b in self._waiting]
+        counts = distributed.summed(torch.tensor(shares)).tolist()
+        numbers = [number for number, _, _ in self._waiting]
+        for number, loss, count, ns in zip(numbers, losses, counts, durations, strict=True):
             if not math.isfinite(loss):
                 raise TrainingError(f"the loss of step {number} is {loss}; lower --lr")
             if self.trainee.graphed is not None and number >= start + WARMUP_STEPS:
                 self.trainee.graphed.observe(number, ns)
-            self.passed.steps.append(
-                Step(
-                    number,
-                    loss,
-                    self.trainee.rate(number),
-                    ns,
-                    batch.samples,
-                    batch.real_tokens,
-                    batch.padded_tokens,
-                    number < start + WARMUP_STEPS,
-                )
-            )
+            samples, real, padded = count
+            warm = number < start + WARMUP_STEPS
+            rate = self.trainee.rate(number)
+            self.passed.steps.append(Step(number, loss, rate, ns, samples, real, padded, warm))
         recent = self.passed.steps[-len(self._waiting) :]
         self._waiting.clear()
         seconds = sum(s.ns for s in recent) / 1e9
@@ -297,8 +318,12 @@ class TimedLoop:
         save_checkpoint(self.folder, self.trainee, done, state)
 
     def peaks(self) -> Memory:
-        """Peak memory of the pass so far, what was before a resume included."""
-        return together(self._memory_before, self.memory.result())
+        """Peak memory of the pass so far, what was before a resume included.
+
+        Of several processes it is the largest one's. All must ask.
+        """
+        now = functools.reduce(together, distributed.gathered(self.memory.result()))
+        return together(self._memory_before, now)
 
     def cuda_graphs(self) -> GraphRecord:
         """Whether steps were replayed as CUDA graphs, and why or why not."""
@@ -308,11 +333,15 @@ class TimedLoop:
         return GraphRecord(False, why, None, None, 0)
 
     def joules(self) -> Energy:
-        """Energy of the timed steps so far, what was before a resume included."""
-        return added(self._energy_before, self.energy.result())
+        """Energy of the timed steps so far, what was before a resume included.
+
+        Of several processes it is the sum. All must ask.
+        """
+        now = energy_of_all(distributed.gathered((self.energy.result(), distributed.local_first())))
+        return added(self._energy_before, now)
 
     def _resume(self) -> int:
-        if not self.folder.checkpoint.exists():
+        if not distributed.from_first(self.folder.checkpoint.exists()):
             return 0
         step, state = load_checkpoint(self.folder, self.trainee)
         self.passed.steps = [s for s in self.folder.read_steps() if s.step < step]
@@ -328,57 +357,3 @@ class TimedLoop:
         self._memory_before = decode(Memory, state["memory"])
         self._energy_before = decode(Energy, state["energy"])
         return step
-
-
-def save_checkpoint(
-    folder: RunFolder, trainee: Trainee, step: int, further: dict[str, Any]
-) -> None:
-    """Everything that step `step` starts from, and `further` JSON, in one safetensors file."""
-    tensors = {"rng/cpu": torch.get_rng_state()}
-    if trainee.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(trainee.device)
-    for name, parameter in adapters.trainable(trainee.model):
-        tensors[f"model/{name}"] = parameter.detach().contiguous()
-        for key, value in trainee.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = value.detach().contiguous()
-    state = {"step": step, "scaler": trainee.scaler.state_dict()} | further
-    with folder.whole(folder.checkpoint.name) as new:
-        save_file(tensors, new, metadata={"state": json.dumps(state)})
-
-
-def load_checkpoint(folder: RunFolder, trainee: Trainee) -> tuple[int, dict[str, Any]]:
-    """Put the trainee where the checkpoint left off; its step, and its JSON state.
-
-    Raises FolderError when the checkpoint is damaged or belongs to another model.
-    """
-    try:
-        with safe_open(folder.checkpoint, framework="pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if missing := {"step", "scaler", "trainable", "memory", "energy"} - state.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        random_state = tensors["rng/cpu"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FolderError(f"{folder.checkpoint} is damaged: {error}") from error
-    named = adapters.trainable(trainee.model)
-    wanted = {f"model/{name}": parameter for name, parameter in named}
-    stored = {key for key in tensors if key.startswith("model/")}
-    if stored != wanted.keys() or any(tensors[k].shape != p.shape for k, p in wanted.items()):
-        raise FolderError(f"{folder.checkpoint} does not fit the model; start a new run")
-    for name, parameter in named:
-        parameter.data.copy_(tensors[f"model/{name}"])
-        kept = {
-            key.partition("/")[0]: value
-            for key, value in tensors.items()
-            if key.partition("/")[2] == name and not key.startswith("model/")
-        }
-        if kept:
-            trainee.optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in kept.items()
-            }
-    if trainee.scaler.is_enabled():
-        trainee.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(random_state)
-    if "rng/cuda" in tensors and trainee.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng/cuda"], trainee.device)
-    return int(state["step"]), state

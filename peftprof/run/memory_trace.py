@@ -40,8 +40,9 @@ def record(trainee: Trainee, family: Family, folder: RunFolder, timed: list[Step
     ):
         trainee.step(number)
         trainee.optimizer.zero_grad(set_to_none=True)
-    with folder.whole(TRACE) as new:
-        profiler.export_chrome_trace(str(new))
+    if folder.writes:
+        with folder.whole(TRACE) as new:
+            profiler.export_chrome_trace(str(new))
     return MemoryStep(TRACE, number, str(trainee.device), held)
 
 

@@ -246,6 +246,28 @@ def added(before: Energy | None, after: Energy) -> Energy:
     )
 
 
+def energy_of_all(measured: Sequence[tuple[Energy, bool]]) -> Energy:
+    """The joules of all processes of a run, each with whether it is the first of its machine.
+
+    GPUs add up. A CPU package is its machine's, and the first there counts it for all. A
+    counter that one process lacks has no sum.
+    """
+    if len(measured) == 1:
+        return measured[0][0]
+    joules: dict[str, float] = {}
+    absent: dict[str, str] = {}
+    for energy, counts_host in measured:
+        for name in energy.joules.keys() | energy.absent.keys():
+            if name.startswith("CPU") and not counts_host:
+                continue
+            if name in energy.joules:
+                joules[name] = joules.get(name, 0.0) + energy.joules[name]
+            else:
+                absent[name] = energy.absent[name]
+    lost = [name for name in joules for other in absent if f"{name} ".startswith(f"{other} ")]
+    return Energy({name: j for name, j in joules.items() if name not in lost}, absent)
+
+
 class StepClock:
     """Durations of steps without a wait inside the pass.
 

@@ -15,12 +15,14 @@ import torch
 
 from peftprof.config import RunConfig
 from peftprof.errors import ConfigError, DeviceError, FolderError, InputError, TrainingError
-from peftprof.records import DataInfo, ModelInfo, RunRecord, Timed
+from peftprof.records import ModelInfo, RunRecord, Timed
 from peftprof.run import (
     adapters,
+    agreement,
     capture,
     ceilings,
     data,
+    distributed,
     environment,
     frugal,
     graphs,
@@ -42,10 +44,18 @@ NO_MEMORY = "can't allocate memory"
 def resolve(config: RunConfig) -> RunConfig:
     """`config` with every `auto` settled on this machine.
 
-    Raises DeviceError for a device, precision or kernel backend that is not here.
+    Raises DeviceError for a device, precision or kernel backend that is not here, ConfigError
+    for what several processes cannot share.
     """
+    if config.batch_size < distributed.size():
+        raise ConfigError(
+            f"--batch-size {config.batch_size} is less than the {distributed.size()} processes of "
+            "the run; make it larger, or start fewer"
+        )
     device = environment.default_device() if config.device == "auto" else config.device
-    device = str(environment.check_device(device))
+    device = str(environment.check_device(distributed.own_device(device)))
+    if distributed.size() > 1 and device.startswith("cuda"):
+        torch.cuda.set_device(device)  # what nccl talks from
     precision = config.precision
     if precision == "auto":
         precision = environment.default_precision(device)
@@ -99,6 +109,8 @@ class Prepared:
         if config.padding == "packed":
             packing.prepare(adapted, self.family)
         frugal.prepare(adapted, config)
+        if config.checkpointing:
+            frugal.checkpoint_activations(adapted, self.family)
         return make_trainee(config, adapted, self.train, self.validation), info
 
 
@@ -159,15 +171,21 @@ def _padding(source: Source, config: RunConfig, family: models.Family) -> str:
 def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watcher) -> RunFolder:
     """A new run in `out` (None: a name of its own below traces/).
 
-    Raises the errors of `peftprof.errors`; nothing is left behind when the input is bad.
+    Processes that were started together become one run; the first of them writes. Raises the
+    errors of `peftprof.errors`; nothing is left behind when the input is bad.
     """
-    config = resolve(config)
+    with distributed.joined():
+        return _train(resolve(config), out, command, watcher)
+
+
+def _train(config: RunConfig, out: Path | None, command: list[str], watcher: Watcher) -> RunFolder:
     now = datetime.datetime.now().astimezone()
     if out is None:
         model = Path(config.model).name
         out = Path("traces") / f"{config.method}-{model}-{now:%Y%m%d-%H%M%S}"
-    folder = RunFolder.check_free(out)
-    prepared = prepare(config)
+    folder = RunFolder.check_free(out) if distributed.first() else RunFolder(out, writes=False)
+    with distributed.first_before_others():
+        prepared = prepare(config)
     record = RunRecord(
         version=1,
         name=folder.path.resolve().name,
@@ -183,35 +201,27 @@ def train(config: RunConfig, out: Path | None, command: list[str], watcher: Watc
 def resume(path: Path, watcher: Watcher) -> RunFolder:
     """Go on with the run at `path` from its last checkpoint, to the same result.
 
-    Raises FolderError when there is no such run, it is complete, or its inputs changed.
+    Raises FolderError when there is no such run, it is complete, or its inputs changed, or
+    when it was started over another number of processes.
     """
-    folder = RunFolder.open(path)
-    with folder.held(new=False):
-        record = folder.read_record()
-        if record.state == "complete":
-            raise FolderError(f"{path} is complete; there is nothing to resume")
-        # A run of before there was a choice was padded.
-        config = RunConfig.from_json({"padding": "pad"} | record.config)
-        if resolve(config) != config:
-            raise FolderError(f"the settings of {path} are not those of a run; start a new one")
-        _check_versions(record)
-        return _finish(folder, record, prepare(config), watcher, contextlib.nullcontext())
-
-
-def _check_versions(record: RunRecord) -> None:
-    """Refuse to go on under other libraries: the record could not say which step ran on what."""
-    now = environment.describe()["packages"]
-    then = record.environment.get("packages")
-    if not isinstance(then, dict):
-        raise FolderError(
-            "the run does not say which packages it was started with; start a new one"
-        )
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "tokenizers"):
-        if then.get(name) != now[name]:
-            raise FolderError(
-                f"the run was started with {name} {then.get(name)} and this is {now[name]}; "
-                "install that one to go on, or start a new run"
-            )
+    with distributed.joined():
+        folder = dataclasses.replace(RunFolder.open(path), writes=distributed.first())
+        with folder.held(new=False):
+            record = folder.read_record()
+            if record.state == "complete":
+                raise FolderError(f"{path} is complete; there is nothing to resume")
+            agreement.check_processes(record)
+            # A run of before there was a choice was padded.
+            config = RunConfig.from_json({"padding": "pad"} | record.config)
+            settled = resolve(dataclasses.replace(config, device=distributed.kind(config.device)))
+            if distributed.size() > 1:
+                config = dataclasses.replace(config, device=settled.device)
+            if settled != config:
+                raise FolderError(f"the settings of {path} are not those of a run; start a new one")
+            agreement.check_versions(record)
+            with distributed.first_before_others():
+                prepared = prepare(config)
+            return _finish(folder, record, prepared, watcher, contextlib.nullcontext())
 
 
 def _finish(
@@ -232,8 +242,9 @@ def _finish(
             if prepared.config.profiler != "none":
                 record = _profiled_pass(folder, record, prepared, watcher)
                 gc.collect()
-                measured = ceilings.measure(torch.device(prepared.config.device))
-                record = dataclasses.replace(record, ceilings=measured)
+                if distributed.first():
+                    measured = ceilings.measure(torch.device(prepared.config.device))
+                    record = dataclasses.replace(record, ceilings=measured)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             # The allocator of the CPU has no exception of its own.
             if not isinstance(error, torch.OutOfMemoryError) and NO_MEMORY not in str(error):
@@ -243,7 +254,8 @@ def _finish(
                 "--method qlora"
             ) from error
         folder.write_record(dataclasses.replace(record, state="complete"))
-        folder.checkpoint.unlink(missing_ok=True)
+        if folder.writes:
+            folder.checkpoint.unlink(missing_ok=True)
     return folder
 
 
@@ -251,7 +263,7 @@ def _profiled_pass(
     folder: RunFolder, record: RunRecord, prepared: Prepared, watcher: Watcher
 ) -> RunRecord:
     trainee, _ = prepared.build()
-    timed = folder.read_steps()
+    timed = distributed.from_first(folder.read_steps() if folder.writes else [])
     profiled = capture.profile(trainee, prepared.family, folder, timed, watcher)
     memory_step = memory_trace.record(trainee, prepared.family, folder, timed)
     return dataclasses.replace(record, profiled=profiled, memory_step=memory_step)
@@ -267,10 +279,11 @@ def _timed_pass(
 ) -> RunRecord:
     # Whatever is wrong with the model is said before a folder is made.
     trainee, info = prepared.build()
-    held.enter_context(hold)
-    _same_inputs(record, info, prepared.loaded.info)
     full = prepared.config.method == "full"
     before = None if full else adapters.frozen_sha256(trainee.model)
+    agreement.check_everywhere(trainee, before, info, prepared.loaded.info)
+    held.enter_context(hold)
+    agreement.check_inputs(record, info, prepared.loaded.info)
     if record.base_sha256 not in (None, before):
         raise FolderError("the frozen weights are not those the run started with; start a new run")
     record = dataclasses.replace(
@@ -287,6 +300,7 @@ def _timed_pass(
     passed = loop.run()
     if not full and adapters.frozen_sha256(trainee.model) != before:
         raise TrainingError("the frozen base weights changed while training; the result is void")
+    agreement.check_trained(trainee)
     _save_trained(folder, trainee, prepared)
     assert record.execution is not None
     execution = dataclasses.replace(record.execution, cuda_graphs=loop.cuda_graphs())
@@ -299,12 +313,6 @@ def _timed_pass(
         memory=loop.peaks(),
         energy=loop.joules(),
     )
-
-
-def _same_inputs(record: RunRecord, model: ModelInfo, loaded: DataInfo) -> None:
-    for then, now in ((record.model, model), (record.data, loaded)):
-        if then is not None and then.fingerprint != now.fingerprint:
-            raise FolderError(f"{now.name!r} is not what the run started with; start a new run")
 
 
 def _save_trained(folder: RunFolder, trainee: Trainee, prepared: Prepared) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftprof.errors import ConfigError
+from peftprof.run.launch import launched
 from peftprof.studies import Judged
 from peftprof.study import claims, matrix, results
 from peftprof.study.folder import Stored, StudyFolder
@@ -76,6 +77,11 @@ def open_study(asked: Asked) -> Opened:
 
     Raises the errors of `peftprof.errors`; nothing is left behind when the input is bad.
     """
+    if launched() is not None:
+        raise ConfigError(
+            "a study is one process and starts its runs itself: spread them over devices by --list "
+            "and --only (docs/study.md); one run over several is torchrun -m peftprof train"
+        )
     for name in ("max_steps", "subset"):
         if (value := getattr(asked, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")

@@ -105,6 +105,7 @@ def _work(record: RunRecord) -> dict[str, Any]:
         "precision": setting(record, "precision"),
         "seed": setting(record, "seed"),
         "device": _device(record),
+        "devices": record.execution.processes if record.execution else 1,
         "timed steps": timed.steps if timed else "unknown",
         "profiled steps": profiled.active_steps if profiled else "unknown",
         "real tokens a step": f"{timed.real_tokens_per_step:.1f}" if timed else "unknown",

@@ -27,7 +27,7 @@ def packed(lengths, tokens):
     """A batch of these lengths and dummy tokens up to `tokens`."""
     inputs = {"input_ids": torch.arange(tokens)[None]}
     part = Part(inputs, torch.zeros(len(lengths), dtype=torch.long), segments(lengths))
-    return Batch((part,), len(lengths), sum(lengths), tokens)
+    return Batch((part,), len(lengths), sum(lengths), tokens, len(lengths))
 
 
 # The static group
