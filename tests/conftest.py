@@ -1,7 +1,11 @@
 """Small real models, saved once a session; and the runs that several tests read."""
 
+import gc
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch, as the command line does
@@ -21,11 +25,52 @@ from peftprof_kernels import set_native_dequantize
 FAMILIES = ("bert", "distilbert", "roberta", "modernbert", "llama", "qwen2", "qwen3", "mistral")
 DECODERS = ("llama", "qwen2", "qwen3", "mistral")
 
+# What takes minutes begins first: begun last, it would leave the other cores idle.
+LONGEST = (
+    "kernels/test_codegen.py",
+    "trace/test_damage.py",
+    "study/test_killed.py",
+    "run/test_equality.py",
+    "test_cli.py",
+)
 
-def tiny_config(family: str, hidden: int):
+
+def pytest_configure(config):
+    # By the number of tests, xdist's own order, files of a few long ones come last.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    place = {here / name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+# Of the WHOLE pieces of MiniLM the first: characters, and the words that are most used. A run
+# reads and hashes its tokenizer and its embedding, which with all of them is half of a short one.
+WHOLE, PIECES = 30522, 4602
+ROUND = 6  # more rows in the embedding than pieces, as with many models
+
+
+def save_tokenizer(folder: Path, pieces: int = PIECES) -> None:
+    """MiniLM's tokenizer, cut to so many pieces, into a model's folder."""
+    minilm, _ = embedded.model_folder("minilm")
+    tokenizer = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
+    known = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {piece: n for piece, n in known.items() if n < pieces}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    lines = (minilm / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    (folder / "vocab.txt").write_text("\n".join([*lines[:pieces], ""]), encoding="utf-8")
+    shutil.copy(minilm / "special_tokens_map.json", folder)
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "model_max_length": 512}'
+    )
+
+
+def tiny_config(family: str, hidden: int, pieces: int = PIECES):
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 30528, "pad_token_id": 0, "num_labels": 2}
+    sizes = {"vocab_size": pieces + ROUND, "pad_token_id": 0, "num_labels": 2}
     if family == "distilbert":
         sizes |= {"dim": hidden, "hidden_dim": 2 * hidden, "n_heads": 2, "n_layers": 2}
     else:
@@ -66,8 +111,23 @@ def _our_dequantise():
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """`tiny(family, hidden=64)`: the folder of a two-layer model with MiniLM's tokenizer."""
+def _libraries():
+    """What the libraries hold is no garbage: looked through anew it is half of a short run."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import hypothesis  # noqa: F401  # asks what refers to its random numbers, and must find it
+    import peft  # noqa: F401
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()  # or Triton tells of what was never freed
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, _libraries):
+    """`tiny(family, hidden=64)`: the folder of a two-layer model with a small tokenizer."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(family: str, hidden: int = 64) -> Path:
@@ -78,12 +138,7 @@ def tiny(tmp_path_factory):
             torch.manual_seed(0)
             config = tiny_config(family, hidden)
             AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-            minilm, _ = embedded.model_folder("minilm")
-            for name in ("tokenizer.json", "vocab.txt", "special_tokens_map.json"):
-                shutil.copy(minilm / name, folder)
-            (folder / "tokenizer_config.json").write_text(
-                '{"tokenizer_class": "BertTokenizer", "model_max_length": 512}'
-            )
+            save_tokenizer(folder)
             made[family, hidden] = folder
         return made[family, hidden]
 
@@ -156,3 +211,27 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(runner, "_save_trained", remembering)
     return found
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(size)`: a folder on a disk of that size; asked again, the same one resized."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("a small disk is a tmpfs mount, which needs Linux and root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def make(size: str) -> Path:
+        nonlocal mounted
+        options = f"remount,size={size}" if mounted else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, check=mounted)
+        if done.returncode:
+            pytest.skip("no mounts allowed here")
+        mounted = True
+        return folder
+
+    yield make
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)

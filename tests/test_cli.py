@@ -257,13 +257,14 @@ def test_ctrl_c_is_one_line_and_can_be_resumed(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_at_a_random_moment_and_resume(arguments, tmp_path):
+def test_kill_9_at_a_random_moment_and_resume(arguments, tmp_path, monkeypatch, capsys):
     """Not at chosen steps, as in test_loop, but whenever the signal happens to arrive."""
     whole = tmp_path / "whole"
-    assert peftprof(*arguments, "--profiler", "none", "--out", whole).returncode == 0
+    options = ["--profiler", "none", "--out"]
+    assert in_process(monkeypatch, capsys, *arguments, *options, whole)[0] == 0
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "peftprof", *map(str, arguments)]
-    command += ["--profiler", "none", "--out", str(killed)]
+    command += [*options, str(killed)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint.safetensors").exists() and time.monotonic() < deadline:

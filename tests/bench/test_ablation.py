@@ -17,9 +17,10 @@ SETTINGS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", [ablation.ALL, "dequantised by library operations"])
-def test_a_variant_is_measured_step_by_step(variant):
-    assert variant == ablation.ALL or variant in ablation.applicable(SETTINGS, None)
+def test_a_variant_is_measured_step_by_step():
+    """Against a worker with all on: all on against itself is two of those."""
+    variant = "dequantised by library operations"
+    assert variant in ablation.applicable(SETTINGS, None)
     ratios = ablation.measure(variant, SETTINGS)
     assert len(ratios) == 2
     assert all(ratio > 0 for ratio in ratios)

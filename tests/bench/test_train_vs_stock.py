@@ -1,5 +1,7 @@
 """The comparison with the stock Trainer: its arithmetic, and once small from end to end."""
 
+import contextlib
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import results, stock_trainer, train_vs_stock
+from bench import results, stock_trainer, train_vs_stock, train_vs_stock_child
 from bench.train_vs_stock_child import first_dropout
 from bench.train_vs_stock_figures import (
     OURS,
@@ -278,11 +280,29 @@ def test_bad_input_is_told_before_anything_is_measured(go, monkeypatch, options,
     assert says in err
 
 
+@pytest.fixture
+def processes(monkeypatch):
+    """Of each kind of request the first has a process of its own; the next are answered here."""
+    real, kinds = train_vs_stock.child, set()
+
+    def child(request):
+        if request["what"] not in kinds:
+            kinds.add(request["what"])
+            return real(request)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert train_vs_stock_child.main(json.dumps(request)) == 0
+        return json.loads(said.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(train_vs_stock, "child", child)
+    return kinds
+
+
 @pytest.mark.slow
-def test_both_sides_train_the_same_on_the_embedded_model(go):
+def test_both_sides_train_the_same_on_the_embedded_model(go, processes):
     options = ("--methods", "lora", "--precisions", "fp32", "--pairs", "1", "--steps", "7")
     code, lines, out, err = go(*options, "--batch-size", "4")
     assert code == 0, err
+    assert processes == {"ceilings", STOCK, OURS}
     runs = [line for line in lines if line["kind"] == "run"]
     assert [(r["side"], r["dropout"]) for r in runs] == [
         (STOCK, True),

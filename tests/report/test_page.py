@@ -5,7 +5,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings
@@ -15,10 +14,10 @@ from peftprof.breakdowns import PHASES, Spread, Timeline, Work
 from peftprof.report.export import to_json
 from peftprof.report.page import render
 from peftprof.report.page.colours import COLOURS, ORDER, ink, luminance
-from peftprof.report.page.markup import VOID
 from peftprof.report.page.timeline import script_text
 from peftprof.trace import Loaded
 from tests.report.page_samples import loaded, run
+from tests.report.reading import Read
 
 HOSTILE = (
     "</script><script>document.title='pwned'</script><!--",
@@ -32,43 +31,6 @@ HOSTILE = (
 )
 
 
-class Read(HTMLParser):
-    """A page as elements and texts; fails on a tag that is not closed, or not in its place."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"{tag} has an attribute twice"
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open:
-            self.texts.append((self.open[-1], data))
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    def inside(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
-
-
-def read(page: str) -> Read:
-    reader = Read()
-    reader.feed(page)
-    reader.close()
-    assert reader.open == []
-    return reader
-
-
 def found_at(document: object, at: str) -> object:
     """The value of a JSON document at a path such as `/runs/0/rows/3/ns`."""
     for key in at.strip("/").split("/"):
@@ -80,7 +42,7 @@ def figures(page: str) -> list[tuple[str, float, str]]:
     """Every figure that says where the JSON has it: element, value, place."""
     return [
         (name, float(a.get("data-ns") or a["data-bytes"] or "nan"), a["data-at"])  # type: ignore[misc]
-        for name, a in read(page).elements
+        for name, a in Read(page).elements
         if a.get("data-at")
     ]
 
@@ -114,7 +76,7 @@ def test_a_page_is_well_formed_and_its_figures_are_the_json(
 
 def test_every_optional_part_is_shown_and_left_out_where_there_is_none() -> None:
     def sections(what: Loaded) -> list[str | None]:
-        return [a["id"] for a in read(render(what)).named("section")]
+        return [a["id"] for a in Read(render(what)).named("section")]
 
     always = ["read", "step", "phases", "operators", "notes"]
     assert sections(loaded(run(parts=False))) == always
@@ -129,7 +91,7 @@ def test_every_optional_part_is_shown_and_left_out_where_there_is_none() -> None
 def test_the_stacked_bar_adds_up_to_the_step() -> None:
     what = loaded(run())
     bars = [
-        a for a in read(render(what)).named("rect")
+        a for a in Read(render(what)).named("rect")
         if str(a.get("data-at")).startswith("/runs/0/")
     ]  # fmt: skip
     step = what.breakdowns[0].step_ns.median
@@ -195,7 +157,7 @@ def test_any_work_is_drawn(ns: float, known: float, flops: float, size: float) -
     work = (Work("base_gemm", ns, known, flops, size, "bf16"), *run().work)
     page = render(loaded(replace(run(), work=work)))
     assert not re.search(r'="-?(nan|inf)', page)
-    assert read(page).named("circle")
+    assert Read(page).named("circle")
 
 
 @settings(deadline=None, max_examples=60)
@@ -211,8 +173,8 @@ def test_hostile_names_are_text(words: str) -> None:
                   differences=(words,))  # fmt: skip
     page = render(what, title=words)
     page.encode("utf-8")
-    tame = read(render(loaded(run(), run("b"), spans=40, comparable=False, differences=("x: y",))))
-    reader = read(page)
+    tame = Read(render(loaded(run(), run("b"), spans=40, comparable=False, differences=("x: y",))))
+    reader = Read(page)
     # The same elements with the same attributes, whatever the names are.
     assert [(n, a.keys()) for n, a in reader.elements] == [(n, a.keys()) for n, a in tame.elements]
     assert not set("\u202e\u2066\u2028\u2029\x00\x1b\x07") & set(page)
@@ -226,8 +188,8 @@ def test_any_text_may_be_a_name(words: str) -> None:
     what = loaded(run(words=words), spans=8, words=words)
     page = render(what, title=words)
     page.encode("utf-8")
-    reader = read(page)
-    tame = read(render(loaded(run(), spans=8)))
+    reader = Read(page)
+    tame = Read(render(loaded(run(), spans=8)))
     assert [n for n, _ in reader.elements] == [n for n, _ in tame.elements]
     assert json.loads(reader.inside("script")[-2]) == json.loads(to_json(what))
     assert not [k for _, a in reader.elements for k in a if k.startswith("on") or k == "style"]
@@ -235,14 +197,14 @@ def test_any_text_may_be_a_name(words: str) -> None:
 
 def test_the_json_inside_is_that_of_the_export() -> None:
     what = two(comparable=True)
-    text = read(render(what)).inside("script")[0]
+    text = Read(render(what)).inside("script")[0]
     assert text == script_text(to_json(what))
     assert json.loads(text) == json.loads(to_json(what))
     assert script_text('"<\u2028>&"') == '"\\u003c\\u2028\\u003e\\u0026"'
 
 
 def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None:
-    reader = read(render(loaded(run(), spans=8)))
+    reader = Read(render(loaded(run(), spans=8)))
     (policy,) = [a["content"] for a in reader.named("meta") if a.get("http-equiv")]
     style, script = reader.inside("style")[0], reader.inside("script")[-1]
     assert policy is not None
@@ -269,7 +231,7 @@ def test_the_policy_allows_this_style_and_this_script_and_nothing_else() -> None
 
 def decoded(page: str) -> list[list[tuple[int, int, str, str, str]]]:
     """The spans of the first timeline in a page: start, end, category, phase, name."""
-    data = json.loads(read(page).inside("script")[0])
+    data = json.loads(Read(page).inside("script")[0])
     lanes = []
     for lane in data["lanes"]:
         at, spans = 0, []

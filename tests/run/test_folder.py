@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,27 +35,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """`small_disk(size)`: a folder on a disk of that size."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("a small disk is a tmpfs mount, which needs Linux and root")
-    mounted = []
-
-    def mount(size: str) -> Path:
-        path = tmp_path / f"disk-{size}"
-        path.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
-        if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-            pytest.skip("no mounts allowed here")
-        mounted.append(path)
-        return path
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_full_disk_is_one_line_and_loses_nothing(small_disk):
     folder = RunFolder(small_disk("64k"))
     folder.write_record(RECORD)
@@ -77,7 +53,7 @@ def test_a_run_on_a_disk_that_fills_up_can_go_on(
         runner.train(config, path, [], quiet)
     assert "\n" not in str(raised.value)
     assert RunFolder.open(path).read_record().state == "running"
-    subprocess.run(["mount", "-o", "remount,size=100m", str(path.parent)], check=True)
+    small_disk("100m")
     resumed = runner.resume(path, quiet)
     whole = runner.train(config, tmp_path / "whole", [], quiet)
     assert resumed.read_record().state == "complete"

@@ -19,14 +19,33 @@ def losses(folder):
     return [(s.step, s.loss) for s in folder.read_steps()]
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    return tmp_path_factory.mktemp("wholes")
+
+
+@pytest.fixture
+def whole_run(wholes, small_run, quiet):
+    """`whole_run(method)`: a run that nothing interrupts, made once."""
+
+    def make(method):
+        path = wholes / method
+        if path.exists():
+            return RunFolder.open(path)
+        config = small_run(method, checkpoint_every=4, profiler="none")
+        return runner.train(config, path, [], quiet)
+
+    return make
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("kill_at", [3, 5, 9, 13])
 def test_a_killed_run_resumes_to_the_same_bits(
-    method, kill_at, small_run, tmp_path, quiet, monkeypatch
+    method, kill_at, small_run, whole_run, tmp_path, quiet, monkeypatch
 ):
     """Dropout, data order, optimiser and schedule go on as if nothing had happened."""
     config = small_run(method, checkpoint_every=4, profiler="none")
-    whole = runner.train(config, tmp_path / "whole", [], quiet)
+    whole = whole_run(method)
     real_step = loop.Trainee.step
 
     def dying(self, number, **how):
@@ -325,7 +344,7 @@ def test_a_base_weight_that_changes_voids_the_run(small_run, tmp_path, quiet, mo
 
 
 def test_warmup_and_evaluation_are_outside_the_divisor(small_run, tmp_path, quiet):
-    config = small_run("lora", max_steps=14, padding="pad")
+    config = small_run("lora", max_steps=14, padding="pad", profiler="none")
     folder = runner.train(config, tmp_path / "run", [], quiet)
     steps, timed = folder.read_steps(), folder.read_record().timed
     assert [s.warmup for s in steps] == [True] * 5 + [False] * 9

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,28 @@ def seeds() -> Seeds:
     return healthy()
 
 
+@pytest.fixture(scope="module")
+def hostile_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], Path]:
+    """`hostile_file(maker, what)`: its path; made once, for some take seconds to make."""
+    root = tmp_path_factory.mktemp("hostile")
+    made: dict[str, Path] = {}
+
+    def make(maker: Any, what: str) -> Path:
+        if what not in made:
+            (root / what).mkdir()
+            made[what] = maker.made(what).write(root / what)
+        return made[what]
+
+    return make
+
+
 def outcome(item: Damaged, folder: Path) -> str:
-    """Read and show `item`: READ, or the line that said why not."""
+    """Write, read and show `item`: READ, or the line that said why not."""
     folder.mkdir()
-    path = item.write(folder)
+    return outcome_of(item.write(folder), folder)
+
+
+def outcome_of(path: Path, folder: Path) -> str:
     kept: list[tuple[str, Attribution]] = []
     try:
         loaded = load([path], timelines=True, keep=lambda *found: kept.append(found))
@@ -139,10 +157,12 @@ def test_a_damaged_file_ends_in_a_result_or_in_one_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("maker", "what"), HOSTILE, ids=[what for _, what in HOSTILE])
-def test_a_hostile_file_is_bounded(tmp_path: Path, maker: Any, what: str) -> None:
-    item = maker.made(what)
+def test_a_hostile_file_is_bounded(
+    tmp_path: Path, hostile_file: Callable[[Any, str], Path], maker: Any, what: str
+) -> None:
+    path = hostile_file(maker, what)
     bounds = Bounds()
-    outcome(item, tmp_path / "hostile")
+    outcome_of(path, tmp_path)
     bounds.check()
 
 
@@ -180,28 +200,31 @@ def ended_well(done: "subprocess.CompletedProcess[bytes]") -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_ends_with_0_or_with_2_and_one_line(tmp_path: Path, seeds: Seeds) -> None:
-    jobs = [(damaged(number, seeds), FORMS[number % len(FORMS)]) for number in range(40)]
+def test_the_command_line_ends_with_0_or_with_2_and_one_line(
+    tmp_path: Path, seeds: Seeds, hostile_file: Callable[[Any, str], Path]
+) -> None:
     codes = Counter[int]()
 
-    def end(number: int, item: Damaged, options: tuple[str, ...]) -> None:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        done = command(item.write(folder), options, cwd=tmp_path)
+    def end(path: Path, options: tuple[str, ...], what: str) -> None:
+        done = command(path, options, cwd=tmp_path)
         try:
             ended_well(done)
         except AssertionError as error:
-            error.add_note(f"{item.what[:300]} {options}: {done.stderr[-500:]!r}")
+            error.add_note(f"{what[:300]} {options}: {done.stderr[-500:]!r}")
             raise
         codes[done.returncode] += 1
 
+    def broken(number: int) -> None:
+        item, folder = damaged(number, seeds), tmp_path / str(number)
+        folder.mkdir()
+        end(item.write(folder), FORMS[number % len(FORMS)], item.what)
+
+    def hostile(number: int, maker: Any, what: str) -> None:
+        end(hostile_file(maker, what), FORMS[number % 6], what)
+
     with ThreadPoolExecutor(2) as pool:
-        made = [pool.submit(end, i, *job) for i, job in enumerate(jobs)]
-        hostile = enumerate(HOSTILE, len(jobs))
-        made += [
-            pool.submit(lambda n, m, w: end(n, m.made(w), FORMS[n % 6]), n, maker, what)
-            for n, (maker, what) in hostile
-        ]
+        made = [pool.submit(broken, number) for number in range(40)]
+        made += [pool.submit(hostile, n, *which) for n, which in enumerate(HOSTILE, 40)]
         for one in made:
             one.result()
     assert set(codes) == {0, 2}
