@@ -84,3 +84,12 @@ GRADIENT_STOCK = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 # The same of pretrained models in fp32: more layers, and activations that are far from 1.
 # Measured: 6e-6.
 GRADIENT_PRETRAINED = 1e-4
+
+# A double that went through a logarithm and back: 16 digits, of which a logarithm of up to
+# 28 (1e12) loses the last two.
+LOGARITHMS = 1e-12
+
+# How much less than the largest the logit of a token may be that was chosen from kept keys and
+# values, relative: a whole forward rounds in another order, and of two logits that close either
+# may be the largest. In bf16 two layers of BF16_REORDERED.
+TOKEN_TIE = {torch.float32: LOGITS_FP32, torch.bfloat16: 2 * BF16_REORDERED}

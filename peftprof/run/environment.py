@@ -167,7 +167,7 @@ def _one_line(text: object) -> str:
 def _cpu() -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "cores": os.cpu_count(),
         "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -177,10 +177,13 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the processor calls itself; where it does not (ARM), what the board does."""
     cpuinfo = _text("/proc/cpuinfo") or ""
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    if found := re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE):
+        return found[1].strip()
+    board = (_text("/proc/device-tree/model") or "").strip("\0 \n")
+    return board or platform.processor() or platform.machine()
 
 
 def _cpu_has_bf16() -> bool:
@@ -190,6 +193,11 @@ def _cpu_has_bf16() -> bool:
     return bool(
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def memory_bytes() -> int | None:
+    """The memory that can be used here: the machine's, or the container's limit."""
+    return _cgroup_bytes() or _ram_bytes()
 
 
 def _ram_bytes() -> int | None:

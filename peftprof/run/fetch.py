@@ -6,7 +6,6 @@ It is given the hash (`--require-hashes`), so nothing is unpacked or built befor
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftprof.cache import cache_folder as cache_folder
 from peftprof.errors import FetchError
 
 
@@ -32,13 +32,6 @@ class Pinned:
     def source(self) -> str:
         """Where it comes from, for records."""
         return f"PyPI {self.package}=={self.version} ({self.file}, sha256 {self.sha256[:12]}...)"
-
-
-def cache_folder() -> Path:
-    """Where fetched and prepared files are kept: $PEFTPROF_CACHE, else the user's cache."""
-    if named := os.environ.get("PEFTPROF_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftprof"
 
 
 def fetch(pinned: Pinned) -> Path:
