@@ -9,6 +9,7 @@
     │   └── BusyError   a folder that another process is at work in
     ├── TraceError      a trace that is missing, truncated, empty or not a trace
     ├── TrainingError   a run that must stop: no gradient, changed base weights, a loss of nan
+    ├── InferenceError  variants of one model that do not compute the same, or do not fit
     ├── StudyError      a study that cannot go on as it is asked to
     └── LimitError      a breakdown over a limit of --fail-if; exit code 1
 
@@ -64,6 +65,10 @@ class TraceError(PeftprofError):
 
 class TrainingError(PeftprofError):
     """A run that must stop because going on would give a wrong result."""
+
+
+class InferenceError(PeftprofError):
+    """Variants of a served model that do not compute the same, or find no memory."""
 
 
 class StudyError(PeftprofError):

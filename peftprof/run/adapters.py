@@ -13,7 +13,7 @@ what is saved stay PEFT's, so any adapter trained here loads in stock PEFT.
 
 import hashlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
         return model.requires_grad_(True)
     from peft import LoraConfig, TaskType, get_peft_model
 
-    _check_targets(model, config, family)
+    check_targets(model, config, family)
     adapted: torch.nn.Module = get_peft_model(
         model,
         LoraConfig(
@@ -64,7 +64,7 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
         ),
     )
     for module in linear_4bit(adapted):
-        _make_faithful(module, config)
+        make_faithful(module, config)
     if config.kernels == "triton":
         crossovers.use_stored(torch.device(config.device))
     if config.kernels != "bnb":
@@ -73,7 +73,8 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     return adapted
 
 
-def _check_targets(model: torch.nn.Module, config: RunConfig, family: Family) -> None:
+def check_targets(model: torch.nn.Module, config: RunConfig, family: Family) -> None:
+    """Raise ConfigError when no module bears a target name or the rank does not fit one."""
     # The head is trained whole, so it is nothing to adapt.
     base = {n: m for n, m in model.named_modules() if n.split(".")[0] not in family.head}
     for target in family.targets:
@@ -108,7 +109,7 @@ def linear_4bit(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 
 
-def _make_faithful(module: Any, config: RunConfig) -> None:
+def make_faithful(module: Any, config: RunConfig) -> None:
     """Keep bitsandbytes from changing what it computes or stores while it runs.
 
     On CPUs with AVX512-BF16 its first forward without gradients repacks the weight in
@@ -177,10 +178,21 @@ def use_our_kernels(model: torch.nn.Module, config: RunConfig, apart: Any = None
     """
     if config.device == "cpu" and config.method == "qlora":
         _use_native_dequantise(model)
+    use_our_forwards(model, config, apart, _is_adapted, linear_4bit(model))
+
+
+def use_our_forwards(
+    model: torch.nn.Module,
+    config: RunConfig,
+    apart: Any,
+    is_adapted: Callable[[Any], bool],
+    quantised: Iterable[Any],
+) -> None:
+    """`use_our_kernels` for whatever stands for PEFT's layers and for Linear4bit."""
     inside: set[Any] = set()
     for parent in model.modules():
         adapted: dict[str, Any] = {
-            name: layer for name, layer in parent.named_children() if _is_adapted(layer)
+            name: layer for name, layer in parent.named_children() if is_adapted(layer)
         }
         inside.update(layer.get_base_layer() for layer in adapted.values())
         for names in SHARE_INPUT if parent is not apart else ():
@@ -188,7 +200,7 @@ def use_our_kernels(model: torch.nn.Module, config: RunConfig, apart: Any = None
                 _Siblings(together, config)
         for layer in adapted.values():
             _Siblings([layer], config)
-    for module in linear_4bit(model):
+    for module in quantised:
         if module not in inside:
             module.forward = types.MethodType(_nf4_forward(module, config), module)
 
@@ -330,9 +342,18 @@ def ranges(model: torch.nn.Module, family: Family, config: RunConfig) -> dict[to
 
 def frozen_sha256(model: torch.nn.Module) -> str:
     """SHA-256 over the stored bytes of everything frozen: packed weights, statistics, biases."""
+    return _sha256(model, trained=False)
+
+
+def trained_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over the stored bytes of everything that is trained."""
+    return _sha256(model, trained=True)
+
+
+def _sha256(model: torch.nn.Module, trained: bool) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if parameter.requires_grad:
+        if parameter.requires_grad != trained:
             continue
         tensors = [parameter.data]
         state = getattr(parameter, "quant_state", None)

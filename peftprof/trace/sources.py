@@ -7,12 +7,13 @@ from pathlib import Path
 from peftprof.errors import FolderError, PeftprofError, TraceError
 from peftprof.records import RunRecord, read_record
 from peftprof.trace import nsys_export
+from peftprof.trace.served import record_of
 
 NEWEST = 4
 DATABASES = (".sqlite", ".sqlite3", ".db")
 TRACES = (".json", ".json.gz", *DATABASES, *nsys_export.REPORTS)
 # Files of a run folder that are no trace to break down.
-OTHERS = ("run.json", "memory.json.gz")
+OTHERS = ("run.json", "infer.json", "memory.json.gz")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find(path: Path, all_runs: bool = False) -> Found:
     if not path.exists():
         raise FolderError(f"there is no {path}; name a trace, a run folder or a folder of runs")
     if not path.is_dir():
-        return Found([Source(stem(path), path)], named=True)
+        return Found([Source(stem(path), path, record=record_of(path))], named=True)
     if (path / "run.json").is_file():
         return Found([_run(path)], named=True)
     return _folder(path, all_runs)
@@ -72,7 +73,8 @@ def _folder(path: Path, all_runs: bool) -> Found:
     for file in children:
         if file.is_file() and file not in taken and _is_trace(file, children):
             try:
-                dated.append(((file.stat().st_mtime, file.name), Source(stem(file), inside(file))))
+                source = Source(stem(file), inside(file), record=record_of(file))
+                dated.append(((file.stat().st_mtime, file.name), source))
             except TraceError as error:
                 reasons.append(error)
                 found.unreadable.append(str(error))
