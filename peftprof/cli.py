@@ -8,6 +8,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from peftprof.cli_advise import advise
+from peftprof.cli_calibrate import calibrate
+from peftprof.cli_infer import infer
 from peftprof.config import (
     KERNELS,
     METHODS,
@@ -71,6 +74,10 @@ def train(
     cuda_graphs: Annotated[
         str | None, typer.Option(help="Whole steps as CUDA graphs: auto (where faster), on, off.")
     ] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option("--checkpointing", help="Compute activations anew in backward: less memory."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data order, head and dropout.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     profiler: Annotated[str | None, typer.Option(help=_one_of(PROFILERS))] = None,
@@ -107,6 +114,7 @@ def train(
         "precision": precision,
         "padding": padding,
         "cuda_graphs": cuda_graphs,
+        "checkpointing": checkpointing,
         "seed": seed,
         "device": device,
         "profiler": profiler,
@@ -125,18 +133,20 @@ def train(
     from peftprof.report.picture import check_writable
     from peftprof.report.progress import watcher
     from peftprof.report.summary import render
-    from peftprof.run import runner
+    from peftprof.run import launch, runner
 
     if svg is not None:
         check_writable(svg)
-    console = Console()
+    shows = launch.speaks()  # of several processes one
+    console = Console(quiet=not shows)
     with watcher(console) as watch:
         if config is not None:
             folder = runner.train(config, out, sys.argv[1:], watch)
         else:
             assert resume is not None
             folder = runner.resume(resume, watch)
-    _show(render(folder.read_record(), folder.path), svg, "python -m peftprof train")
+    if shows:
+        _show(render(folder.read_record(), folder.path), svg, "python -m peftprof train")
 
 
 def _name(text: str | None, option: str) -> str | None:
@@ -328,6 +338,11 @@ def env(
     _show(render(description), None, "python -m peftprof env")
 
 
+app.command()(infer)
+app.command()(calibrate)
+app.command()(advise)
+
+
 def _show(renderable: Any, svg: Path | None, title: str) -> None:
     from peftprof.report.console import show
 
@@ -388,5 +403,9 @@ def _settle() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print("peftprof: " + " ".join(message.split()), file=sys.stderr)
+    from peftprof.run import launch
+
+    # What only runs over several processes have to say is said by one of them.
+    if launch.speaks() or sys.argv[1:2] not in (["train"], ["study"]):
+        print("peftprof: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

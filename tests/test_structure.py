@@ -18,6 +18,11 @@ LOW = {
     "peftprof.config",
     "peftprof.watcher",
     "peftprof.studies",
+    "peftprof.inferences",
+    "peftprof.advice",
+    "peftprof.cache",
+    "peftprof.calibrations",
+    "peftprof.devices",
 }
 FLOORS = {
     "peftprof_kernels": set(),
@@ -26,13 +31,24 @@ FLOORS = {
     "peftprof.records": {"peftprof.errors", "peftprof.breakdowns"},
     "peftprof.watcher": set(),
     "peftprof.studies": {"peftprof.breakdowns", "peftprof.records"},
+    "peftprof.inferences": {"peftprof.errors", "peftprof.records"},
+    "peftprof.advice": set(),
     "peftprof.config": {"peftprof.errors"},
+    "peftprof.cache": set(),
+    "peftprof.calibrations": {"peftprof.breakdowns"},
+    "peftprof.devices": LOW,
     "peftprof.annotate": set(),
     "peftprof.trace": LOW,
     "peftprof.report": LOW | {"peftprof.trace"},
     "peftprof.run": LOW | {"peftprof.annotate", "peftprof_kernels"},
     "peftprof.study": LOW | {"peftprof.run", "peftprof.trace"},
-    "peftprof.cli": LOW | {"peftprof.run", "peftprof.report", "peftprof.trace", "peftprof.study"},
+    "peftprof.advise": LOW | {"peftprof.run", "peftprof.trace", "peftprof_kernels"},
+    "peftprof.cli_advise": LOW | {"peftprof.advise", "peftprof.report"},
+    "peftprof.cli_calibrate": LOW | {"peftprof.run", "peftprof.report"},
+    "peftprof.cli_infer": LOW | {"peftprof.run", "peftprof.report"},
+    "peftprof.cli": LOW
+    | {"peftprof.run", "peftprof.report", "peftprof.trace", "peftprof.study"}
+    | {"peftprof.cli_advise", "peftprof.cli_calibrate", "peftprof.cli_infer"},
     "peftprof.__main__": {"peftprof.cli"},
     "peftprof": set(),
 }

@@ -178,7 +178,8 @@ def get_backend(name: str, x: Tensor, dtype: torch.dtype) -> Backend:
     if name == "triton":
         if dtype not in TRITON_DTYPES:
             raise TypeError(f"the triton backend computes in bf16, fp16 or fp32, not {dtype}")
-        if x.device.type != "cuda" and not _interpreted():
+        # A FakeTensor is of a shape alone, and nothing is launched for it.
+        if x.device.type != "cuda" and not _interpreted() and not hasattr(x, "fake_mode"):
             raise RuntimeError(
                 f"the triton backend needs a GPU, x is on {x.device}; on a CPU Triton only "
                 "interprets, for checking numbers (TRITON_INTERPRET=1 before it is imported)"

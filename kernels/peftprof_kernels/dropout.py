@@ -108,6 +108,10 @@ def draw_mask(
     kept = kept_draws(p)
     if kept in (0, 2**16):
         return torch.full(shape, 1 if kept else 0, dtype=dtype, device=device)
+    if hasattr(seed, "fake_mode"):  # a FakeTensor has no value to draw from: a shape alone
+        like = torch.empty((), dtype=dtype, device=device)
+        made: Tensor = torch.ops.peftprof.dropout_mask(like, 1, math.prod(shape), p, seed)
+        return made.view(*shape)
     mask = torch.empty(shape, dtype=dtype, device=device)
     fill = _fill_on_cpu if device.type == "cpu" else _fill
     fill(mask.view(-1), kept, int(seed))

@@ -1,0 +1,373 @@
+"""A training step of a model that is only a configuration: shapes without weights or data.
+
+The classifier is transformers' own, its tensors fake: they have shapes, dtypes and an
+autograd graph, and no memory. What peftprof changes about a model (`packing`, `narrow`,
+`frugal`, our LoRA operators) is changed by the same code as in a run. Only PEFT's and
+bitsandbytes' modules are stood in for, because importing the two takes longer than the whole
+answer may; a test holds the stand-ins to what the real ones allocate.
+"""
+
+import dataclasses
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
+
+from peftprof.advise.shapes import Shape
+from peftprof.advise.tracker import BACKWARD, FORWARD, HEAD, Log, Tracker
+from peftprof.config import RunConfig
+from peftprof.run import adapters, frugal, narrow, packing
+from peftprof.run.batches import Batch, Batches
+from peftprof.run.model import DTYPES
+from peftprof_kernels import NF4Weight
+
+BLOCKSIZE, BLOCKSIZE2 = 64, 256  # bitsandbytes' own, which a run leaves as they are
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a model's tensors: what it is made of, its adapters, what is trained beside them."""
+
+    base_weights: int = 0
+    quantisation_state: int = 0
+    lora: int = 0
+    head: int = 0
+    other: int = 0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step of a blueprint: what it holds before, by layer (None: outside), and its log."""
+
+    held: dict[int | None, Held]
+    log: Log
+    layers: int
+
+
+def trace(shape: Shape, config: RunConfig, batch: Batch, layers: int | None = None) -> Traced:
+    """A step of `config` over `batch` with only the first `layers` layers (None: all).
+
+    `config` is resolved; its device says what is traced for, and need not be here. Raises
+    ConfigError as `adapters.attach`.
+    """
+    with FakeTensorMode() as mode:
+        model = _model(shape, config, layers)
+        fake = _fake(batch, mode)
+        held = _held(model, shape, config)
+        tracker = Tracker()
+        tracker.hold([*_tensors(model), *_batch_tensors(fake)])
+        stack = model.get_submodule(shape.family.layers)
+        hooks: list[tuple[Any, ...]] = [_mark(layer, i, tracker) for i, layer in enumerate(stack)]
+        # Of what holds the layers, so that what the last was called with is gone, too.
+        holder = model.get_submodule(shape.family.layers.rpartition(".")[0])
+        ended = holder.register_forward_hook(lambda *_: tracker.mark(HEAD))
+        hooks.append((ended,))
+        with tracker:
+            for part in fake.parts:
+                tracker.mark(FORWARD)
+                with _autocast(config):
+                    logits = packing.logits(model, part)
+                    loss = cross_entropy(logits.float(), part.labels, reduction="sum")
+                    loss = loss / fake.samples
+                del logits
+                tracker.mark(BACKWARD)
+                loss.backward()
+                del loss
+        log = tracker.close()
+        for pair in hooks:
+            for hook in pair:
+                hook.remove()
+    return Traced(held, log, len(stack))
+
+
+def _autocast(config: RunConfig) -> Any:
+    dtype = DTYPES[config.precision]
+    on = dtype != torch.float32
+    return torch.autocast("cpu", dtype if on else None, enabled=on)
+
+
+def _mark(layer: torch.nn.Module, number: int, tracker: Tracker) -> tuple[Any, Any]:
+    """Tell the tracker where this layer's forward begins, and its backward."""
+
+    def before(*_: Any) -> None:
+        tracker.mark(FORWARD, number)
+
+    def after(_: Any, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: tracker.mark(BACKWARD, number))
+
+    return layer.register_forward_pre_hook(before), layer.register_forward_hook(after)
+
+
+def _model(shape: Shape, config: RunConfig, layers: int | None) -> Any:
+    """The classifier as `runner.Prepared.build` leaves it, without values."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.initialization import no_init_weights
+
+    settings = shape.trimmed(layers)
+    settings.num_labels = shape.labels
+    settings.pad_token_id = settings.pad_token_id or 0
+    settings.use_cache = False
+    if config.device != "cpu":
+        _without_attention_dropout(settings)
+    with no_init_weights():
+        model: Any = AutoModelForSequenceClassification.from_config(settings)
+    model.train()
+    family = shape.family
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        adapters.check_targets(model, config, family)
+        model.requires_grad_(False)
+        for name in family.head:
+            model.get_submodule(name).requires_grad_(True)
+        if config.method == "qlora":
+            _quantise(model, config, family.head)
+        _attach(model, config)
+        if config.kernels != "bnb":
+            apart = narrow.attention(model, family) if config.padding == "packed" else None
+            adapters.use_our_forwards(model, config, apart, _is_adapted, _quantised(model))
+    if config.padding == "packed":
+        packing.prepare(model, family)
+    frugal.prepare(model, config)
+    if config.checkpointing:
+        frugal.checkpoint_activations(model, family)
+    return model
+
+
+def _without_attention_dropout(settings: Any) -> None:
+    """On a GPU dropout of attention is inside the kernel; a CPU's path would save it."""
+    for name in ("attention_probs_dropout_prob", "attention_dropout"):
+        if hasattr(settings, name):
+            setattr(settings, name, 0.0)
+
+
+class Quantised(torch.nn.Linear):
+    """Stands for bitsandbytes' Linear4bit: NF4 with nested statistics."""
+
+    def __init__(self, dense: torch.nn.Linear, config: RunConfig) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.compute_dtype = DTYPES[config.precision]
+        shape = (dense.out_features, dense.in_features)
+        blocks = -(-shape[0] * shape[1] // BLOCKSIZE)
+        packed = torch.empty((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        nested = types.SimpleNamespace(
+            absmax=torch.empty(-(-blocks // BLOCKSIZE2)),
+            code=torch.empty(256),
+            blocksize=BLOCKSIZE2,
+        )
+        state = types.SimpleNamespace(
+            shape=torch.Size(shape),
+            blocksize=BLOCKSIZE,
+            absmax=torch.empty(blocks, dtype=torch.uint8),
+            code=torch.empty(16),
+            offset=torch.empty(()),
+            state2=nested,
+        )
+        vars(self.weight)["quant_state"] = state
+        self.bias = dense.bias
+        if config.kernels == "bnb" and dense.bias is not None:
+            self.bias.data = dense.bias.data.to(self.compute_dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As bitsandbytes does: the product in the compute dtype, the result in x's."""
+        weight = adapters.nf4_weight(self)
+        y = _StockNF4.apply(x.to(self.compute_dtype), self.bias, weight)  # type: ignore[no-untyped-call]
+        return y.to(x.dtype)  # type: ignore[no-any-return]
+
+
+class _StockNF4(torch.autograd.Function):
+    """bitsandbytes' MatMul4Bit: nothing saved, the weight dequantised again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: Any, weight: NF4Weight) -> torch.Tensor:
+        ctx.weight = weight
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.ops.peftprof.nf4_linear(flat, weight.tensors(), weight.layout(), bias, "torch")
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor) -> Any:
+        (dy,), weight = dys, ctx.weight
+        dense = torch.ops.peftprof.nf4_dequantize(
+            weight.tensors(), weight.layout(), dy.dtype, "torch"
+        )
+        return dy @ dense, None, None
+
+
+class Adapted(torch.nn.Module):
+    """Stands for PEFT's LoRA layer over a dense or a quantised linear."""
+
+    disable_adapters = merged = False
+    active_adapters = (ADAPTER,)
+
+    def __init__(self, base: torch.nn.Linear, config: RunConfig) -> None:
+        super().__init__()
+        rank = config.rank
+        self.base_layer = base
+        self.lora_A = _by_name(torch.nn.Linear(base.in_features, rank, bias=False))
+        self.lora_B = _by_name(torch.nn.Linear(rank, base.out_features, bias=False))
+        self.lora_dropout = _by_name(
+            torch.nn.Dropout(config.dropout) if config.dropout else torch.nn.Identity()
+        )
+        self.scaling = {ADAPTER: config.scaling}
+
+    def get_base_layer(self) -> torch.nn.Module:
+        """The linear that is adapted."""
+        return self.base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As PEFT 0.21 does over nn.Linear, and over Linear4bit."""
+        quantised = isinstance(self.base_layer, Quantised)
+        y: torch.Tensor = self.base_layer(x)
+        dtype = y.dtype
+        A: Any = self.lora_A[ADAPTER]
+        B: Any = self.lora_B[ADAPTER]
+        if quantised:
+            y = y.clone()
+        if not quantised or not torch.is_autocast_enabled("cpu"):
+            x = x.to(A.weight.dtype)
+        further = B(A(self.lora_dropout[ADAPTER](x))) * self.scaling[ADAPTER]
+        result: torch.Tensor = y + further.to(dtype) if quantised else (y + further).to(dtype)
+        return result
+
+
+def _by_name(module: torch.nn.Module) -> torch.nn.ModuleDict:
+    return torch.nn.ModuleDict({ADAPTER: module})
+
+
+def _is_adapted(layer: Any) -> bool:
+    return isinstance(layer, Adapted)
+
+
+def _quantised(model: torch.nn.Module) -> Iterator[Any]:
+    return (module for module in model.modules() if isinstance(module, Quantised))
+
+
+def _replace(model: torch.nn.Module, make: Any, wanted: Any) -> None:
+    for path, module in list(model.named_modules()):
+        if type(module) in (torch.nn.Linear, Quantised) and wanted(path):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, make(module))
+
+
+def _quantise(model: torch.nn.Module, config: RunConfig, head: Iterable[str]) -> None:
+    kept = tuple(head)
+    _replace(model, lambda m: Quantised(m, config), lambda path: path.split(".")[0] not in kept)
+
+
+def _attach(model: torch.nn.Module, config: RunConfig) -> None:
+    targets = config.target_modules
+    _replace(
+        model,
+        lambda m: Adapted(m, config),
+        lambda path: any(path == t or path.endswith("." + t) for t in targets),
+    )
+
+
+def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The batch's shapes."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = (f.name for f in dataclasses.fields(value) if f.init)
+            return type(value)(**{name: moved(getattr(value, name)) for name in names})
+        if isinstance(value, tuple):
+            return tuple(moved(v) for v in value)
+        if isinstance(value, dict):
+            return {key: moved(v) for key, v in value.items()}
+        return value
+
+    made: Batch = moved(batch)
+    return made
+
+
+def _batch_tensors(batch: Batch) -> Iterator[torch.Tensor]:
+    for part in batch.parts:
+        yield from part.inputs.values()
+        yield part.labels
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in _quantised(model):
+        yield from _state(module)
+
+
+def _state(module: Any) -> list[torch.Tensor]:
+    """What dequantising needs beside the packed weight, and what of it we keep twice."""
+    weight = adapters.nf4_weight(module)
+    parts = (weight.absmax, weight.code, weight.absmax2, weight.code2, weight.offset)
+    own = getattr(module, adapters.OWN_WEIGHT, None)
+    found = [part for part in parts if part is not None]
+    return found + ([] if own is None else own.tensors()[1:])
+
+
+def _held(model: torch.nn.Module, shape: Shape, config: RunConfig) -> dict[int | None, Held]:
+    """What the model's tensors take, by layer, each storage once; as `memory_trace.inventory`."""
+    seen: set[int] = set()
+    found: dict[int | None, dict[str, int]] = {}
+
+    def count(layer: int | None, part: str, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            parts = found.setdefault(layer, {})
+            parts[part] = parts.get(part, 0) + storage.nbytes()
+
+    prefix = shape.family.layers + "."
+    for path, module in model.named_modules():
+        index = path.removeprefix(prefix).partition(".")[0] if path.startswith(prefix) else ""
+        layer = int(index) if index.isdigit() else None
+        for parameter in module.parameters(recurse=False):
+            trained = parameter.requires_grad and config.method != "full"
+            beside = "lora" if ".lora_" in path else "head"
+            count(layer, beside if trained else "base_weights", parameter)
+            if trained and beside == "head":  # PEFT keeps a copy as it was
+                count(layer, "base_weights", torch.empty_like(parameter))
+        if isinstance(module, Quantised):
+            for tensor in _state(module):
+                count(layer, "quantisation_state", tensor)
+        for buffer in module.buffers(recurse=False):
+            count(layer, "other", buffer)
+    return {layer: Held(**parts) for layer, parts in found.items()}
+
+
+def parameters(shape: Shape) -> int:
+    """How many parameters the classifier has."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.initialization import no_init_weights
+
+    few = 2 if shape.alike and shape.layers > 2 else shape.layers
+    with FakeTensorMode(), no_init_weights():
+        settings = shape.trimmed(few)
+        settings.num_labels = shape.labels
+        model = AutoModelForSequenceClassification.from_config(settings)
+        stack = model.get_submodule(shape.family.layers)
+        layer = sum(p.numel() for p in stack[-1].parameters())
+        found: int = sum(p.numel() for p in model.parameters()) + (shape.layers - few) * layer
+        return found
+
+
+def batch_of(
+    shape: Shape, config: RunConfig, sequences: int, length: int, multiple: int | None = None
+) -> Batch:
+    """A batch of `sequences` examples of `length` tokens each, all zeros."""
+    return Batches.of_lengths(
+        [length] * sequences,
+        shape.inputs,
+        config.padding,
+        packing.first_position(shape.model_type, 0),
+        packing.multiple(config) if multiple is None else multiple,
+    ).collate(range(sequences))

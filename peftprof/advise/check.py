@@ -1,0 +1,190 @@
+"""Predictions beside what runs have measured, and what the runs teach of this device."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from peftprof.advice import CheckedRun, Choice, Prediction
+from peftprof.advise import shapes
+from peftprof.advise.lessons import Lessons
+from peftprof.advise.predict import Predictor, Subject
+from peftprof.advise.shapes import Shape
+from peftprof.calibrations import Calibration
+from peftprof.config import RunConfig
+from peftprof.errors import FolderError, TraceError
+from peftprof.records import RunRecord, read_record
+from peftprof.run.folder import RunFolder, Step
+
+# Parts of the memory attribution that a prediction has, too.
+PARTS = (
+    "base_weights",
+    "quantisation_state",
+    "adapters",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "dequant_workspace",
+    "other",
+)
+
+
+@dataclass
+class Checker:
+    """Predicts runs after the fact, with the batches that they really had."""
+
+    device: Calibration
+    lessons: Lessons
+    with_parts: bool = True
+    _shapes: dict[str, Shape] = field(default_factory=dict)
+    _predictors: dict[tuple[object, ...], Predictor] = field(default_factory=dict)
+
+    def check(self, folder: Path) -> CheckedRun:
+        """The prediction for the complete run in `folder` beside what it measured.
+
+        Raises FolderError where there is no such run, InputError or ConfigError where its
+        model cannot be had any more.
+        """
+        record = read_record(folder)
+        if record.state != "complete" or record.memory is None:
+            raise FolderError(f"{folder} is not complete; --resume it first")
+        config = RunConfig.from_json({"padding": "pad"} | record.config)
+        steps = RunFolder(folder).read_steps()
+        if not steps:
+            raise FolderError(f"{folder} has no steps; there is nothing to check against")
+        choice = choice_of(config)
+        largest = max(steps, key=lambda step: step.padded_tokens)
+        memory = self._predict(record, config, choice, [largest])
+        usual = [step for step in steps if not step.warmup] or steps
+        time = self._predict(record, config, choice, usual)
+        same = self._is_device(record)
+        return CheckedRun(
+            name=record.name,
+            created=record.created,
+            choice=choice,
+            predicted_bytes=memory.peak_bytes,
+            measured_bytes=_measured(record),
+            predicted_process_bytes=memory.terms["process"],
+            predicted_s=time.step_s if same else None,
+            operators_s=time.step_s / time.factor if same and time.step_s and time.factor else None,
+            measured_s=record.timed.step_p50_ms / 1e3 if record.timed else None,
+            parts=self._parts(folder, record, config, choice, steps) if self.with_parts else {},
+        )
+
+    def _is_device(self, record: RunRecord) -> bool:
+        then = record.environment
+        name = then.get("cpu", {}).get("model") if self.device.kind == "cpu" else None
+        if self.device.kind == "cuda":
+            name = next((gpu.get("name") for gpu in then.get("gpus", [])), None)
+        return bool(name) and str(name) in self.device.device
+
+    def _predict(
+        self, record: RunRecord, config: RunConfig, choice: Choice, steps: Sequence[Step]
+    ) -> Prediction:
+        """For the mean of `steps`: so many sequences, of so many tokens as were computed."""
+        samples = statistics.mean(step.samples for step in steps)
+        tokens = statistics.mean(step.padded_tokens for step in steps)
+        length = max(1, round(tokens / samples))
+        predictor = self._predictor(record, config, length)
+        others = self.lessons.without(f"{record.created} {record.name}")
+        predictor.subject = replace(predictor.subject, lessons=others)
+        return predictor.predict(choice, tokens / length)
+
+    def _predictor(self, record: RunRecord, config: RunConfig, length: int) -> Predictor:
+        key = (config.model, config.padding, config.device, config.target_modules, length)
+        if key not in self._predictors:
+            subject = Subject(
+                self._shape(record, config),
+                self.device,
+                length,
+                config.padding,
+                config.dropout,
+                config.target_modules or record.target_modules,
+                self.lessons,
+            )
+            self._predictors[key] = Predictor(subject)
+        return self._predictors[key]
+
+    def _shape(self, record: RunRecord, config: RunConfig) -> Shape:
+        labels = len(record.data.labels) if record.data else 2
+        if config.model not in self._shapes:
+            self._shapes[config.model] = shapes.find(config.model, labels)
+        return self._shapes[config.model]
+
+    def _parts(
+        self,
+        folder: Path,
+        record: RunRecord,
+        config: RunConfig,
+        choice: Choice,
+        steps: Sequence[Step],
+    ) -> dict[str, tuple[int, int]]:
+        """Each part of the memory attribution, predicted and measured, in the memory step."""
+        from peftprof.trace import loading
+
+        if record.memory_step is None:
+            return {}
+        try:
+            (run,) = loading.load([folder]).breakdowns
+        except (TraceError, FolderError, ValueError):
+            return {}
+        if run.memory is None:
+            return {}
+        step = next(s for s in steps if s.step == record.memory_step.step)
+        predicted = self._predict(record, config, choice, [step])
+        measured = {part.part: part.bytes for part in run.memory.parts}
+        return {part: (predicted.terms[part], measured.get(part, 0)) for part in PARTS}
+
+
+def choice_of(config: RunConfig) -> Choice:
+    """The settings of a run that a prediction is made for."""
+    full = config.method == "full"
+    return Choice(
+        config.method,
+        config.rank,
+        config.batch_size,
+        config.precision,
+        config.checkpointing,
+        "torch" if full else config.kernels,
+    )
+
+
+def _measured(record: RunRecord) -> int | None:
+    """The peak that `Prediction.peak_bytes` predicts: of the device, or of the process."""
+    assert record.memory is not None
+    memory = record.memory
+    return memory.nvml_bytes or memory.reserved_bytes or memory.rss_bytes
+
+
+def runs_below(paths: Iterable[Path]) -> list[Path]:
+    """The complete runs at `paths`: run folders, and folders that hold some, studies too.
+
+    Raises FolderError where there is none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FolderError(f"there is no {path}; name a run folder or a folder of runs")
+        for file in sorted(
+            [
+                *path.glob("run.json"),
+                *path.glob("*/run.json"),
+                *path.glob("*/*/run.json"),
+                *path.glob("*/*/*/run.json"),
+            ]
+        ):
+            if _complete(file):
+                found.append(file.parent)
+    if not found:
+        raise FolderError(
+            "there is no complete run to check against; make one with `python -m peftprof train`"
+        )
+    return found
+
+
+def _complete(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("state") == "complete")
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,165 @@
+"""What a model is made of, from its configuration alone: no weights, no tokenizer."""
+
+import copy
+import json
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from peftprof.errors import InputError
+from peftprof.run import source
+from peftprof.run.model import FAMILIES, Family
+
+# Without any of these transformers fills in those of some published model, silently.
+_NEEDED = {
+    "distilbert": ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size"),
+    None: (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "vocab_size",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A classifier without values. `config` is as transformers reads it; `basis` says whence."""
+
+    name: str
+    basis: str
+    config: Any
+    family: Family
+    inputs: tuple[str, ...]
+    labels: int = 2
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the family."""
+        return str(self.config.model_type)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the whole model has."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers between the first and the last are the same."""
+        kinds = getattr(self.config, "layer_types", None)
+        return kinds is None or len(set(kinds)) <= 1
+
+    def trimmed(self, layers: int | None) -> Any:
+        """A copy of the configuration with only the first `layers` layers (None: all)."""
+        made = copy.deepcopy(self.config)
+        if layers is not None:
+            made.num_hidden_layers = layers
+            if getattr(made, "layer_types", None) is not None:
+                made.layer_types = made.layer_types[:layers]
+        return made
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """Configurations that come with the package, by name: `shapes.toml`."""
+    text = (resources.files("peftprof") / "advise" / "shapes.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def find(name: str, labels: int = 2) -> Shape:
+    """The shape of the model `name`: one of `known`, embedded, a folder, or on the hub.
+
+    Of a hub only the configuration is fetched. Raises InputError when there is none, it
+    lacks a size, or its family is not one that peftprof trains.
+    """
+    shipped = known()
+    if name.lower() in shipped:
+        values = dict(shipped[name.lower()])
+        basis = values.pop("basis")
+        return _shape(name, basis, values, labels)
+    path, basis = _config_file(name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the config.json of {name!r} cannot be read ({source.one_line(error)}); save the "
+            "model there again"
+        ) from error
+    if not isinstance(values, dict):
+        raise InputError(f"the config.json of {name!r} is no object; save the model there again")
+    return _shape(name, basis, values, labels)
+
+
+def _config_file(name: str) -> tuple[Path, str]:
+    from peftprof.run import embedded
+
+    if name in embedded.MODELS:
+        folder, basis = embedded.model_folder(name)
+        return folder / "config.json", basis
+    local = Path(name).expanduser()
+    if local.is_file():
+        return local, f"local file {local.name}"
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise InputError(f"{name} has no config.json; name a folder that has one")
+        return local / "config.json", f"local folder {local.resolve().name}"
+    if name.startswith(source.LOCAL):
+        raise InputError(f"there is no folder {name!r}; check the path of --model")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> tuple[Path, str]:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except (
+        OSError,
+        ValueError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RuntimeError,
+    ) as error:
+        raise InputError(
+            f"model {name!r} is no local folder and no hub gave its configuration "
+            f"({source.hub_says(error)}); check the name and the network, or use one of "
+            f"{', '.join(sorted(known()))}"
+        ) from error
+    return path, f"Hugging Face hub {name} at revision {path.parent.name}"
+
+
+def _shape(name: str, basis: str, values: dict[str, Any], labels: int) -> Shape:
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"model {name!r} is of the family {kind!r}; peftprof knows "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    missing = [key for key in _NEEDED.get(kind, _NEEDED[None]) if key not in values]
+    if missing:
+        raise InputError(
+            f"the config.json of {name!r} lacks {', '.join(missing)}; without it the model's size "
+            "is not known"
+        )
+    import inspect
+
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        # A quantised checkpoint's settings are of its files, and not of its shape.
+        config = AutoConfig.for_model(
+            **{k: v for k, v in values.items() if k not in ("quantization_config", "auto_map")}
+        )
+        made = AutoModelForSequenceClassification._model_mapping[type(config)]
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(
+            f"the config.json of {name!r} is none that transformers knows "
+            f"({source.one_line(error)}); save the model there again"
+        ) from error
+    inputs = tuple(inspect.signature(made.forward).parameters)
+    return Shape(name, basis, config, FAMILIES[kind], inputs, labels)
