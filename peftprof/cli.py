@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from peftprof.cli_advise import advise
+from peftprof.cli_advise import advise, say_compared
 from peftprof.cli_calibrate import calibrate
 from peftprof.cli_infer import infer
 from peftprof.config import (
@@ -147,6 +147,7 @@ def train(
             folder = runner.resume(resume, watch)
     if shows:
         _show(render(folder.read_record(), folder.path), svg, "python -m peftprof train")
+        say_compared(folder.path)
 
 
 def _name(text: str | None, option: str) -> str | None:
@@ -228,6 +229,7 @@ def study(
     judged = opened.judge()
     written = show.write(judged, opened.folder.path)
     _show(show.render(judged, written), None, "python -m peftprof study")
+    say_compared(opened.folder.path)
 
 
 @app.command()

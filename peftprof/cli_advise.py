@@ -120,6 +120,20 @@ def _check(paths: list[Path], device: str, json: bool) -> None:
     put(show.render_check(checked, left_out))
 
 
+def say_compared(folder: Path) -> None:
+    """Print what a run, or those of a study, were predicted to take, beside what they took."""
+    from peftprof.advise import after
+    from peftprof.report import advice as show
+    from peftprof.report.console import show as put
+
+    try:
+        checked, left_out = after.compare(folder)
+    except PeftprofError as error:  # the runs are complete, whatever becomes of this
+        print(f"peftprof: {error}", file=sys.stderr)
+        return
+    put(show.render_compared(checked, left_out))
+
+
 def memory_of(text: str) -> int:
     """Bytes that `text` such as 12GiB means. Raises ConfigError for what is no amount."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)

@@ -93,3 +93,7 @@ LOGARITHMS = 1e-12
 # values, relative: a whole forward rounds in another order, and of two logits that close either
 # may be the largest. In bf16 two layers of BF16_REORDERED.
 TOKEN_TIE = {torch.float32: LOGITS_FP32, torch.bfloat16: 2 * BF16_REORDERED}
+
+# A layer that stands for others like it: what the first allocates once for all (layouts of a
+# batch) and what the last leaves are a little of a peak, the more the smaller the model.
+REPEATED_LAYERS = 0.01

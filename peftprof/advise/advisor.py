@@ -9,7 +9,7 @@ from typing import Any
 
 from peftprof import devices
 from peftprof.advice import OBJECTIVES, Advice, Choice, Prediction
-from peftprof.advise import lessons, shapes
+from peftprof.advise import blueprint, lessons, shapes
 from peftprof.advise.predict import Predictor, Subject
 from peftprof.calibrations import Calibration
 from peftprof.config import METHODS
@@ -85,8 +85,12 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
         raise ConfigError(
             f"unknown --objective {wanted.objective!r}; it is one of {', '.join(OBJECTIVES)}"
         )
+    every = choices(subject, wanted)
+    largest = max(every, key=lambda choice: choice.rank)
+    if {choice.method for choice in every} != {"full"}:
+        blueprint.check(subject.shape, subject.config(largest))
     predictor = Predictor(subject)
-    predictions = [predictor.predict(choice) for choice in choices(subject, wanted)]
+    predictions = [predictor.predict(choice) for choice in every]
     fits = [p for p in predictions if p.high_bytes <= memory_bytes]
     order = _order(wanted)
     ranked = sorted(fits, key=order)
@@ -95,7 +99,7 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
         version=VERSION,
         model=subject.shape.name,
         model_basis=subject.shape.basis,
-        parameters=_parameters(subject),
+        parameters=blueprint.parameters(subject.shape),
         layers=subject.shape.layers,
         device=subject.device.device,
         device_basis=subject.device.basis,
@@ -133,12 +137,6 @@ def _order(wanted: Wanted) -> Callable[[Prediction], Any]:
 
         return order
     return lambda p: (usual(p), throughput(p), p.peak_bytes)
-
-
-def _parameters(subject: Subject) -> int:
-    from peftprof.advise import blueprint
-
-    return blueprint.parameters(subject.shape)
 
 
 def _reason(ranked: Sequence[Prediction], objective: str) -> str:

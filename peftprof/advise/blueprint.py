@@ -107,23 +107,12 @@ def _mark(layer: torch.nn.Module, number: int, tracker: Tracker) -> tuple[Any, A
 
 def _model(shape: Shape, config: RunConfig, layers: int | None) -> Any:
     """The classifier as `runner.Prepared.build` leaves it, without values."""
-    from transformers import AutoModelForSequenceClassification
-    from transformers.initialization import no_init_weights
-
-    settings = shape.trimmed(layers)
-    settings.num_labels = shape.labels
-    settings.pad_token_id = settings.pad_token_id or 0
-    settings.use_cache = False
-    if config.device != "cpu":
-        _without_attention_dropout(settings)
-    with no_init_weights():
-        model: Any = AutoModelForSequenceClassification.from_config(settings)
+    model = _dense(shape, layers, attention_dropout=config.device == "cpu")
     model.train()
     family = shape.family
     if config.method == "full":
         model.requires_grad_(True)
     else:
-        adapters.check_targets(model, config, family)
         model.requires_grad_(False)
         for name in family.head:
             model.get_submodule(name).requires_grad_(True)
@@ -139,6 +128,21 @@ def _model(shape: Shape, config: RunConfig, layers: int | None) -> Any:
     if config.checkpointing:
         frugal.checkpoint_activations(model, family)
     return model
+
+
+def _dense(shape: Shape, layers: int | None, attention_dropout: bool = True) -> Any:
+    """The classifier as its configuration has it."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.initialization import no_init_weights
+
+    settings = shape.trimmed(layers)
+    settings.num_labels = shape.labels
+    settings.pad_token_id = 0  # a small model may not have the one it is said to pad with
+    settings.use_cache = False
+    if not attention_dropout:
+        _without_attention_dropout(settings)
+    with no_init_weights():
+        return AutoModelForSequenceClassification.from_config(settings)
 
 
 def _without_attention_dropout(settings: Any) -> None:
@@ -344,16 +348,18 @@ def _held(model: torch.nn.Module, shape: Shape, config: RunConfig) -> dict[int |
     return {layer: Held(**parts) for layer, parts in found.items()}
 
 
+def check(shape: Shape, config: RunConfig) -> None:
+    """Raise ConfigError where the targets or the rank of `config` do not fit the model."""
+    with FakeTensorMode():
+        family = dataclasses.replace(shape.family, targets=config.target_modules)
+        adapters.check_targets(_dense(shape, 1), config, family)
+
+
 def parameters(shape: Shape) -> int:
     """How many parameters the classifier has."""
-    from transformers import AutoModelForSequenceClassification
-    from transformers.initialization import no_init_weights
-
     few = 2 if shape.alike and shape.layers > 2 else shape.layers
-    with FakeTensorMode(), no_init_weights():
-        settings = shape.trimmed(few)
-        settings.num_labels = shape.labels
-        model = AutoModelForSequenceClassification.from_config(settings)
+    with FakeTensorMode():
+        model = _dense(shape, few)
         stack = model.get_submodule(shape.family.layers)
         layer = sum(p.numel() for p in stack[-1].parameters())
         found: int = sum(p.numel() for p in model.parameters()) + (shape.layers - few) * layer

@@ -119,6 +119,11 @@ def make(shape: Shape, config: RunConfig, length: int) -> Profile:
     one = blueprint.trace(
         shape, traced_as, blueprint.batch_of(shape, traced_as, batch, length, 1), trimmed
     )
+    if trimmed and not _marked(one.log):
+        trimmed = None
+        one = blueprint.trace(
+            shape, traced_as, blueprint.batch_of(shape, traced_as, batch, length, 1)
+        )
     log, times = one.log, shape.layers - TRACED + 1 if trimmed else 1
     size = np.array([block.bytes for block in log.blocks], np.float64)
     whole = size.astype(np.int64)
@@ -157,6 +162,11 @@ def _parts(log: Log) -> npt.NDArray[np.int64]:
         elif block.phase == BACKWARD and block.died is None:
             found[i] = GRADIENTS
     return found
+
+
+def _marked(log: Log) -> bool:
+    """Whether every layer had a backward; before the first that is adapted none has."""
+    return len({mark.layer for mark in log.marks if mark.phase == BACKWARD}) == TRACED + 1
 
 
 def _segments(log: Log, times: int) -> tuple[Segment, ...]:

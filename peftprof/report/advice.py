@@ -161,6 +161,22 @@ def render_check(checked: Sequence[CheckedRun], left_out: Sequence[str] = ()) ->
     return Group(*lines, *[note(text) for text in left_out])
 
 
+def render_compared(checked: Sequence[CheckedRun], left_out: Sequence[str]) -> RenderableType:
+    """One run's prediction in a line, several runs' errors in two."""
+    lines: list[RenderableType] = [note(text) for text in left_out]
+    if len(checked) == 1:
+        (run,) = checked
+        peak = f"peak {mib(run.predicted_bytes)} ({_percent(run.memory_error) or 'not measured'})"
+        step = f"step {_seconds(run.predicted_s)} ({_percent(run.time_error) or 'not compared'})"
+        lines.append(note(f"predicted   {peak}, {step}"))
+    elif checked:
+        memory = [e for run in checked if (e := run.memory_error) is not None]
+        times = [e for run in checked if (e := run.time_error) is not None]
+        lines.append(note(f"predicted   memory: {in_all(memory)}"))
+        lines.append(note(f"            time: {in_all(times)}"))
+    return Group(*lines)
+
+
 def in_all(errors: Sequence[float]) -> str:
     """The usual error and the worst, in words."""
     if not errors:

@@ -1,0 +1,156 @@
+"""The answer: what fits, what is first, what is said when nothing fits."""
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from peftprof import devices
+from peftprof.advice import TERMS, CheckedRun, Choice
+from peftprof.advise import advisor, lessons, shapes
+from peftprof.advise.advisor import Wanted
+from peftprof.advise.lessons import Lessons
+from peftprof.advise.predict import Subject
+from peftprof.errors import ConfigError
+from peftprof.report import advice as show
+from peftprof.report.console import plain
+from peftprof.report.front import draw, front
+from tests.advise.test_profile import LLAMA
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shapes") / "llama.json"
+    path.write_text(json.dumps(LLAMA))
+    return Subject(shapes.find(str(path)), devices.find("rtx 4090"), 64, "packed")
+
+
+@pytest.fixture(scope="module")
+def answer(subject):
+    return advisor.advise(subject, 24 * GIB, Wanted(), "./llama")
+
+
+def test_every_choice_is_there_once(answer):
+    ways = [p.choice for p in answer.predictions]
+    assert len(set(ways)) == len(ways)
+    assert {c.method for c in ways} == {"full", "lora", "qlora"}
+    assert {c.kernels for c in ways if c.method != "full"} == {"bnb", "triton"}
+    assert {c.checkpointing for c in ways} == {False, True}
+    assert {c.precision for c in ways} == {"bf16", "fp32"}
+
+
+def test_terms_add_up_and_the_interval_holds_the_peak(answer):
+    for p in answer.predictions:
+        assert set(p.terms) == set(TERMS)
+        assert sum(p.terms.values()) == p.peak_bytes
+        assert p.low_bytes < p.peak_bytes < p.high_bytes
+        assert p.low_s < p.step_s < p.high_s
+
+
+def test_the_fastest_that_fits_is_first_and_the_rest_is_ordered(answer):
+    fits = answer.predictions[: answer.fitting]
+    usual = [p for p in fits if p.choice.method == "full" or p.choice.rank == 8]
+    assert fits[0].samples_per_s == max(p.samples_per_s for p in usual)
+    assert all(p.high_bytes <= answer.memory_bytes for p in fits)
+    assert all(p.high_bytes > answer.memory_bytes for p in answer.predictions[answer.fitting :])
+
+
+def test_checkpointing_takes_less_memory_and_more_time(answer):
+    at = {p.choice: p for p in answer.predictions}
+    for choice, p in at.items():
+        if choice.checkpointing or choice.batch_size < 8:
+            continue
+        other = at[dataclasses.replace(choice, checkpointing=True)]
+        assert other.terms["activations"] < p.terms["activations"]
+        assert other.step_s > p.step_s
+
+
+@pytest.mark.parametrize("objective", ["memory", "accuracy"])
+def test_other_objectives(subject, objective):
+    wanted = Wanted(objective=objective, precisions=("bf16",), kernels=("bnb",))
+    found = advisor.advise(subject, 24 * GIB, wanted, "x")
+    first = found.predictions[0]
+    if objective == "memory":
+        assert first.peak_bytes == min(
+            p.peak_bytes for p in found.predictions if p.choice.rank == 8
+        )
+    else:
+        assert first.choice.method == "full"
+
+
+def test_when_nothing_fits_it_says_what_would_and_by_how_much(subject):
+    wanted = Wanted(methods=("full",), batch_sizes=(64,), checkpointing=(False,))
+    found = advisor.advise(subject, 100 << 20, wanted, "x")
+    assert not found.fitting
+    assert not found.command
+    least = min(p.high_bytes for p in found.predictions)
+    said = " ".join(found.instead)
+    assert f"misses by {least - (100 << 20):,}" in said
+    for remedy in ("smaller --batch-size", "--checkpointing", "--method qlora", "fits a"):
+        assert remedy in said
+    assert "nothing fits" in plain(show.render(found))
+
+
+def test_the_command_is_one_that_train_takes(answer):
+    from peftprof.cli import app
+
+    words = shlex.split(answer.command)
+    assert words[:4] == ["python", "-m", "peftprof", "train"]
+    # A device that is not here is refused after every option has been understood.
+    result = CliRunner().invoke(app, words[3:])
+    assert "No such option" not in result.output
+    assert type(result.exception).__name__ in ("DeviceError", "InputError")
+
+
+def test_a_setting_that_the_device_has_not_is_refused(subject):
+    board = dataclasses.replace(subject, device=devices.find("raspberry pi 5 8gb"))
+    with pytest.raises(ConfigError, match="no bf16"):
+        advisor.choices(board, Wanted(precisions=("bf16",)))
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        advisor.choices(board, Wanted(kernels=("triton",)))
+
+
+def test_a_picture_of_the_front(answer):
+    best = front(list(answer.predictions))
+    for p in answer.predictions:
+        beaten = any(
+            b.peak_bytes <= p.peak_bytes and b.samples_per_s >= p.samples_per_s for b in best
+        )
+        assert beaten
+    assert draw(answer).startswith("<svg")
+
+
+def compared(name: str, factor: float, rest: int, method: str = "lora") -> CheckedRun:
+    choice = Choice(method, 8, 16, "fp32", False, "torch")
+    return CheckedRun(name, "2026", choice, 900, 1000 + rest, 0, 1.0, 1.0, factor)
+
+
+def test_runs_correct_predictions_of_their_own_kind(subject):
+    board = devices.find("raspberry pi 5 8gb")
+    choice = Choice("lora", 8, 16, "fp32", False, "torch")
+    none = Lessons(board)
+    assert none.step(choice)[2] == none.process_bytes(choice)[1] == 0
+    many = Lessons(board, tuple(compared(str(i), 2 + i / 10, i) for i in range(5)))
+    factor, off, runs = many.step(choice)
+    assert (factor, runs) == (2.2, 5)
+    assert off >= lessons.LEAST_INTERVAL
+    assert many.process_bytes(choice)[0] == 102
+    other = Choice("full", 8, 16, "fp32", False, "torch")
+    assert many.step(other)[0] == 2.2  # of all, for want of its own
+    assert many.process_bytes(other)[1] == 0
+    assert many.without("2026 0").step(choice)[2] == 4
+
+
+def test_what_was_learnt_is_kept_and_a_damaged_line_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTPROF_CACHE", str(tmp_path))
+    board = devices.find("raspberry pi 5 8gb")
+    assert not lessons.read(board).checked
+    lessons.keep(board, [compared("a", 2.0, 0), compared("b", 3.0, 0)])
+    lessons.keep(board, [compared("a", 4.0, 0)])
+    path = lessons.path_for(board)
+    path.write_text(path.read_text() + '{"name": 3}\nnot json\n')
+    assert {run.name: run.factor for run in lessons.read(board).checked} == {"a": 4.0, "b": 3.0}
