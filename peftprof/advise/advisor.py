@@ -1,9 +1,14 @@
 """Which method, rank, batch and precision for a model on a device, and what it will take."""
 
+import functools
 import itertools
+import multiprocessing
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +94,7 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
     largest = max(every, key=lambda choice: choice.rank)
     if {choice.method for choice in every} != {"full"}:
         blueprint.check(subject.shape, subject.config(largest))
-    predictor = Predictor(subject)
-    predictions = [predictor.predict(choice) for choice in every]
+    predictions = _predict(subject, every)
     fits = [p for p in predictions if p.high_bytes <= memory_bytes]
     order = _order(wanted)
     ranked = sorted(fits, key=order)
@@ -113,6 +117,25 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
         instead=() if ranked else _instead(predictions, subject, memory_bytes),
         basis=_basis(subject),
     )
+
+
+def _predict(subject: Subject, every: Sequence[Choice]) -> list[Prediction]:
+    """All predictions, those that need one trace together, on every processor there is."""
+    ways: dict[Choice, list[Choice]] = {}
+    for choice in every:
+        ways.setdefault(Predictor.way(choice), []).append(choice)
+    workers = min(len(os.sched_getaffinity(0)), len(ways)) if sys.platform == "linux" else 1
+    if workers == 1:
+        return [p for choices in ways.values() for p in _of_one_way(subject, choices)]
+    # Forked, so that nothing is imported anew; no thread has computed anything yet.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        found = pool.map(functools.partial(_of_one_way, subject), ways.values())
+        return [p for predictions in found for p in predictions]
+
+
+def _of_one_way(subject: Subject, choices: Sequence[Choice]) -> list[Prediction]:
+    predictor = Predictor(subject)
+    return [predictor.predict(choice) for choice in choices]
 
 
 def _need(prediction: Prediction) -> int:

@@ -88,12 +88,13 @@ class Predictor:
             *seconds,
         )
 
-    def profile(self, choice: Choice) -> Profile:
-        """The traced step that `choice` is predicted from."""
-        return self._trace(choice)[0]
+    @staticmethod
+    def way(choice: Choice) -> Choice:
+        """What choices that need the same trace have in common."""
+        return dataclasses.replace(choice, rank=1, batch_size=1)
 
     def _trace(self, choice: Choice) -> tuple[Profile, StepWork]:
-        key = dataclasses.replace(choice, rank=1, batch_size=1)
+        key = self.way(choice)
         if key not in self._traced:
             made = profile.make(
                 self.subject.shape, self.subject.config(choice), self.subject.tokens
