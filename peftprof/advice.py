@@ -108,6 +108,7 @@ class CheckedRun:
 
     name: str
     created: str
+    model: str
     choice: Choice
     predicted_bytes: int
     measured_bytes: int | None

@@ -239,9 +239,9 @@ def _basis(subject: Subject) -> tuple[str, ...]:
         )
     runs = len(subject.learnt.checked)
     lines.append(
-        f"corrected by {runs} runs on this device"
+        f"corrected by {runs} runs of this model on this device"
         if runs
-        else "no run on this device has been compared yet: the first `train` will be"
+        else "no run of this model on this device has been compared yet: the first `train` will be"
     )
     return tuple(lines)
 
@@ -291,5 +291,7 @@ def subject(
         tokens,
         padding,
         target_modules=target_modules,
-        lessons=lessons.read(known),
+        lessons=lessons.read(known).of(
+            lessons.model_of(shape.name, shape.model_type, blueprint.parameters(shape))
+        ),
     )

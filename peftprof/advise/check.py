@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftprof.advice import CheckedRun, Choice, Prediction
 from peftprof.advise import shapes
-from peftprof.advise.lessons import Lessons
+from peftprof.advise.lessons import Lessons, model_of
 from peftprof.advise.predict import Predictor, Subject
 from peftprof.advise.shapes import Shape
 from peftprof.calibrations import Calibration
@@ -62,6 +62,7 @@ class Checker:
         return CheckedRun(
             name=record.name,
             created=record.created,
+            model=_model(record),
             choice=choice,
             predicted_bytes=memory.peak_bytes,
             measured_bytes=_measured(record),
@@ -87,7 +88,7 @@ class Checker:
         tokens = statistics.mean(step.padded_tokens for step in steps)
         length = max(1, round(tokens / samples))
         predictor = self._predictor(record, config, length)
-        others = self.lessons.without(f"{record.created} {record.name}")
+        others = self.lessons.of(_model(record)).without(f"{record.created} {record.name}")
         predictor.subject = replace(predictor.subject, lessons=others)
         return predictor.predict(choice, tokens / length)
 
@@ -148,6 +149,11 @@ def choice_of(config: RunConfig) -> Choice:
         config.checkpointing,
         "torch" if full else config.kernels,
     )
+
+
+def _model(record: RunRecord) -> str:
+    model = record.model
+    return model_of(model.name, model.family, model.parameters) if model else ""
 
 
 def _measured(record: RunRecord) -> int | None:

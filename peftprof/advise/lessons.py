@@ -1,8 +1,8 @@
 """What runs on a device have taught: factors on predictions, kept beside its calibration.
 
 Every run's prediction is compared with what it measured, and the comparison is kept in the
-cache. A later prediction for the same device is corrected by them: its time by the median of
-measured over predicted, its memory by what processes held beside their tensors.
+cache. A later prediction for the same device and model is corrected by them: its time by the
+median of measured over predicted, its memory by what processes held beside their tensors.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ KEPT = 200  # comparisons of a device; the oldest go first
 # libraries write for new shapes. And a process is more than its imports: docs/advice.md.
 STEP_FACTOR = {"cpu": 1.4, "cuda": 1.0}
 STEP_INTERVAL = {"cpu": 0.5, "cuda": 0.5}
-MORE = {"full": 150 << 20, "lora": 240 << 20, "qlora": 205 << 20}
+MORE = {"full": 150 << 20, "lora": 205 << 20, "qlora": 205 << 20}
 LEAST_INTERVAL = 0.15
 ENOUGH = 3  # runs, before their spread says anything
 
@@ -39,6 +39,11 @@ class Lessons:
     def without(self, run: str) -> "Lessons":
         """The same, but for one run (`CheckedRun.run_id`): what it is not judged by itself."""
         kept = tuple(one for one in self.checked if one.run_id != run)
+        return Lessons(self.device, kept)
+
+    def of(self, model: str) -> "Lessons":
+        """Those of one model (`model_of`): for others the same factors were worse than none."""
+        kept = tuple(one for one in self.checked if one.model == model)
         return Lessons(self.device, kept)
 
     def step(self, choice: Choice) -> tuple[float, float, int]:
@@ -73,6 +78,11 @@ class Lessons:
             if (run.choice.kernels, run.choice.precision) == (choice.kernels, choice.precision)
         ]
         return [close, same, list(self.checked)]
+
+
+def model_of(name: str, family: str, parameters: int) -> str:
+    """What tells a model's shape from others."""
+    return f"{name} {family} {parameters}"
 
 
 def _spread(ratios: Sequence[float]) -> float:

@@ -110,16 +110,17 @@ def load_model(
         )
     if config.method != "qlora":
         model.to(config.device)
-    elif config.device == "cpu":
+    if config.method != "full" and config.device == "cpu":
         _own_memory(model)
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]  # transformers is not typed
 
 
 def _own_memory(model: torch.nn.Module) -> None:
-    """Copy the dense weights of a quantised model out of its file, which is mapped into memory.
+    """Copy the dense weights of a frozen model out of its file, which is mapped into memory.
 
-    Else any one of them holds the mapping, and the weights that were quantised stay resident.
+    Else any one of them holds the mapping, and those that were quantised or rounded stay
+    resident: 170 MB of a DistilBERT in bf16.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():

@@ -126,7 +126,7 @@ def test_a_picture_of_the_front(answer):
 
 def compared(name: str, factor: float, rest: int, method: str = "lora") -> CheckedRun:
     choice = Choice(method, 8, 16, "fp32", False, "torch")
-    return CheckedRun(name, "2026", choice, 900, 1000 + rest, 0, 1.0, 1.0, factor)
+    return CheckedRun(name, "2026", "m", choice, 900, 1000 + rest, 0, 1.0, 1.0, factor)
 
 
 def test_runs_correct_predictions_of_their_own_kind(subject):
