@@ -4,6 +4,7 @@ import io
 
 from matplotlib.figure import Figure
 from matplotlib.style import context
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from peftprof.advice import Advice, Prediction
 from peftprof.report.study.figures.drawing import INK, METHODS, NAMES, NO_METADATA, QUIET, STYLE
@@ -26,17 +27,20 @@ def draw(advice: Advice) -> str:
         axes.axvline(advice.memory_bytes / GIB, color=QUIET, linestyle="--", linewidth=1)
         axes.annotate(
             "memory",
-            (advice.memory_bytes / GIB, 1),
+            (advice.memory_bytes / GIB, 0),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -10),
+            xytext=(3, 4),
             textcoords="offset points",
             color=QUIET,
         )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(bottom=0)
         axes.set_xlabel("predicted peak memory, GiB")
         axes.set_ylabel("predicted examples a second")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower left", ncols=4)
         figure.suptitle(
             f"{advice.model} on {advice.device}: memory and throughput, {advice.tokens} tokens",
             x=0.012,
