@@ -18,9 +18,15 @@ import torch
 # Before Triton is imported: without a GPU its kernels are interpreted, to check numbers.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from hypothesis import settings
+
 from peftprof.config import RunConfig, make_config
 from peftprof.run import embedded, runner, tokens
 from peftprof_kernels import set_native_dequantize
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("peftprof", deadline=None)
+settings.load_profile("peftprof")
 
 FAMILIES = ("bert", "distilbert", "roberta", "modernbert", "llama", "qwen2", "qwen3", "mistral")
 DECODERS = ("llama", "qwen2", "qwen3", "mistral")

@@ -40,6 +40,8 @@ KEYS = {
     "search",
     "ladder",
 }
+# What every run of a study has in common, or no two could be compared.
+SUBJECT = ("model", "dataset", "text_columns", "label_column")
 SEARCH_KEYS = {"seed", "rank", "settings", "rates"}
 LADDER_KEYS = {"seeds", "settings", "rungs"}
 RUNG_KEYS = {"cause", "method", "settings"}
@@ -113,6 +115,7 @@ def make_plan(recipe: str, overrides: Overrides) -> Plan:
     told = ". ".join(filter(None, [str(table.get("quick", "")), overrides.quick()]))
     forgetting = _ranks(table, "forgetting")
     _different(cells)
+    _on_one_subject(cells)
     return Plan(name, str(table.get("about", "")), told, tuple(cells), forgetting)
 
 
@@ -258,6 +261,17 @@ def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{key} of the recipe is no table")
     return value
+
+
+def _on_one_subject(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError where methods would be compared on other models or examples."""
+    for setting in SUBJECT:
+        values = {str(cell.config.get(setting)) for cell in cells}
+        if len(values) > 1:
+            raise ConfigError(
+                f"the recipe compares runs with {setting} {' and '.join(sorted(values))}; give all "
+                "methods the same, in its table [all]"
+            )
 
 
 def _different(cells: Sequence[Cell]) -> None:

@@ -197,6 +197,8 @@ BAD = {
     "ladder seed": (f"{PLAIN}[ladder]\nseeds = [9]\n{LADDER}", "names seed 9"),
     "rung setting": (f"{PLAIN}{LADDER}settings = {{ batch_size = 0 }}\n", "--batch-size is 0"),
     "settings no table": (f"{PLAIN}{LADDER}settings = 1\n", "no table"),
+    "other data": (f'{PLAIN}[lora]\ndataset = "other"\n', "with dataset"),
+    "other model": (f'{PLAIN}{LADDER}settings = {{ model = "other" }}\n', "with model"),
     "broken": ("ranks = [", "cannot be read"),
     "control characters": ("ranks = \x00", "cannot be read"),
     "empty": ("", "ranks"),
