@@ -235,7 +235,7 @@ def joined() -> Iterator[None]:
         if isinstance(error, PeftprofError) and found.rank:
             raise type(error)(f"rank {found.rank}: {error}") from error
         raise
-    others.left.set()
+    others.part()
     dist.destroy_process_group()
 
 
@@ -274,7 +274,8 @@ class _Others:
         # A connection serves one call at a time, and the listener's never ends.
         self._store, self._heard = store.clone(), store.clone()
         self.left = threading.Event()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone, and so is who started us
@@ -296,6 +297,13 @@ class _Others:
         except dist.DistStoreError:
             return False
         return True
+
+    def part(self) -> None:
+        """All have finished: end the listeners. One that still waits when Python ends aborts it."""
+        self.left.set()
+        gathered(None)  # before any is woken, every rank knows that it was no failure
+        self._store.set(FAILED, "1")
+        self._listener.join(LEAVING_S)
 
     def give_up(self) -> None:
         """This rank has failed. Raises SystemExit where another says so; else this one may."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftprof_kernels import dropout, dropped_attention, grouped, packed_attention
+from peftprof_kernels.dropout import keep_scale
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(sorted)
 
@@ -139,7 +140,7 @@ def test_one_query_each_is_that_query_among_all(p, lengths, heads, cost):
     """With p in the code that has masks, which here keep everything: 1 - p is next to 1."""
     q, k, v = (t.requires_grad_() for t in tensors(lengths, *heads))
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    expected = alone(q, k, v, lengths, 0.3, False)[first]
+    expected = alone(q, k, v, lengths, 0.3, False)[first] * keep_scale(p)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     ours = [t.detach().float() for t in (q[first], k, v)]

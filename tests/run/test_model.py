@@ -161,9 +161,9 @@ def test_a_config_of_the_wrong_types(tmp_path, tiny):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc/self/maps")
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_quantised_model_lets_go_of_its_file(method, small_run):
-    """A mapped file keeps the fp32 weights in memory; the control is LoRA's, which needs it."""
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_a_frozen_model_lets_go_of_its_file(method, small_run):
+    """A mapped file keeps the fp32 weights in memory; the control is full fine-tuning's."""
     config = small_run(method)
     made, _ = runner.prepare(config).build()
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
@@ -176,4 +176,4 @@ def test_a_quantised_model_lets_go_of_its_file(method, small_run):
     def in_file(tensor):
         return any(low <= tensor.data_ptr() < high for low, high in spans)
 
-    assert any(in_file(p) for p in made.model.parameters()) == (method == "lora")
+    assert any(in_file(p) for p in made.model.parameters()) == (method == "full")
