@@ -26,6 +26,8 @@ STEP_FACTOR = {"cpu": 1.4, "cuda": 1.0}
 STEP_INTERVAL = {"cpu": 0.5, "cuda": 0.5}
 MORE = {"full": 150 << 20, "lora": 205 << 20, "qlora": 205 << 20}
 LEAST_INTERVAL = 0.15
+# A step that took longer than this, against its operators, was of a machine at other work.
+LARGEST_FACTOR = 3.0
 ENOUGH = 3  # runs, before their spread says anything
 
 
@@ -53,7 +55,7 @@ class Lessons:
         the same method, else all.
         """
         for alike in self._alike(choice):
-            factors = [run.factor for run in alike if run.factor is not None]
+            factors = [f for run in alike if (f := run.factor) is not None and f <= LARGEST_FACTOR]
             if factors:
                 middle = statistics.median(factors)
                 return middle, _spread([f / middle for f in factors]), len(factors)

@@ -139,11 +139,18 @@ def _shape(name: str, basis: str, values: dict[str, Any], labels: int) -> Shape:
             f"model {name!r} is of the family {kind!r}; peftprof knows "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    missing = [key for key in _NEEDED.get(kind, _NEEDED[None]) if key not in values]
+    needed = _NEEDED.get(kind, _NEEDED[None])
+    missing = [key for key in needed if key not in values]
     if missing:
         raise InputError(
             f"the config.json of {name!r} lacks {', '.join(missing)}; without it the model's size "
             "is not known"
+        )
+    wrong = [k for k in needed if type(values[k]) is not int or values[k] < 1]
+    if wrong:
+        raise InputError(
+            f"the config.json of {name!r} has {wrong[0]} {values[wrong[0]]!r}, which is no size; "
+            "save the model there again"
         )
     import inspect
 

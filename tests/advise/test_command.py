@@ -95,6 +95,13 @@ def test_a_config_that_lacks_a_size(tmp_path, missing):
     assert f"lacks {missing}" in refused("--model", str(path), "--device", "t4")
 
 
+@pytest.mark.parametrize("size", [0, -1, "six", True])
+def test_a_config_with_an_impossible_size(tmp_path, size):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA | {"num_hidden_layers": size}))
+    assert "no size" in refused("--model", str(path), "--device", "t4")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "gpt7"}', "{}"])
 def test_a_config_that_is_none(tmp_path, text):
     path = tmp_path / "config.json"
