@@ -7,21 +7,12 @@ Memory is bytes, times are seconds of one optimiser step. A prediction says on w
 from dataclasses import dataclass, field
 from typing import Final
 
+from peftprof.breakdowns import MEMORY_PARTS
+
 # Parts of a prediction, in the order they are shown: those of the breakdown's memory
 # attribution, and what the process or the device holds beside PyTorch's tensors.
-TERMS: Final = (
-    "base_weights",
-    "quantisation_state",
-    "adapters",
-    "gradients",
-    "optimizer_state",
-    "activations",
-    "dequant_workspace",
-    "other",
-    "allocator",
-    "process",
-)
-TENSORS: Final = TERMS[:-2]
+TERMS: Final = (*MEMORY_PARTS, "allocator", "process")
+TENSORS: Final = MEMORY_PARTS
 OBJECTIVES: Final = ("throughput", "memory", "accuracy")
 
 

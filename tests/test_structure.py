@@ -32,7 +32,7 @@ FLOORS = {
     "peftprof.watcher": set(),
     "peftprof.studies": {"peftprof.breakdowns", "peftprof.records"},
     "peftprof.inferences": {"peftprof.errors", "peftprof.records"},
-    "peftprof.advice": set(),
+    "peftprof.advice": {"peftprof.breakdowns"},
     "peftprof.config": {"peftprof.errors"},
     "peftprof.cache": set(),
     "peftprof.calibrations": {"peftprof.breakdowns"},

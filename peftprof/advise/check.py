@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peftprof.advice import CheckedRun, Choice, Prediction
+from peftprof.advice import TENSORS, CheckedRun, Choice, Prediction
 from peftprof.advise import shapes
 from peftprof.advise.lessons import Lessons, model_of
 from peftprof.advise.predict import Predictor, Subject
@@ -16,18 +16,6 @@ from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TraceError
 from peftprof.records import RunRecord, read_record
 from peftprof.run.folder import RunFolder, Step
-
-# Parts of the memory attribution that a prediction has, too.
-PARTS = (
-    "base_weights",
-    "quantisation_state",
-    "adapters",
-    "gradients",
-    "optimizer_state",
-    "activations",
-    "dequant_workspace",
-    "other",
-)
 
 
 @dataclass
@@ -135,7 +123,7 @@ class Checker:
         step = next(s for s in steps if s.step == record.memory_step.step)
         predicted = self._predict(record, config, choice, [step])
         measured = {part.part: part.bytes for part in run.memory.parts}
-        return {part: (predicted.terms[part], measured.get(part, 0)) for part in PARTS}
+        return {part: (predicted.terms[part], measured.get(part, 0)) for part in TENSORS}
 
 
 def choice_of(config: RunConfig) -> Choice:

@@ -78,21 +78,45 @@ def load_model(
     from transformers import AutoModelForSequenceClassification, set_seed
 
     set_seed(config.seed)
+    model = pretrained(
+        AutoModelForSequenceClassification,
+        source,
+        config,
+        family,
+        new=family.head,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        pad_token_id=pad_token_id,
+    )
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]  # transformers is not typed
+
+
+def pretrained(
+    kind: Any,
+    source: Source,
+    config: RunConfig,
+    family: Family,
+    new: tuple[str, ...] = (),
+    **settings: Any,
+) -> Any:
+    """A model of transformers' class `kind` on its device, fp32 or (qlora) NF4.
+
+    `new` are the modules that the checkpoint may lack. Raises InputError as `load_model`.
+    """
     options: dict[str, Any] = {}
     if config.method == "qlora":
         options["quantization_config"] = quantization(config, family)
         options["device_map"] = {"": config.device}
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = kind.from_pretrained(
             source.folder,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)},
-            pad_token_id=pad_token_id,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **settings,
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -102,18 +126,17 @@ def load_model(
             f"model {config.model!r} cannot be loaded ({one_line(error)}); save it or fetch it "
             "again"
         ) from error
-    lacking = sorted(k for k in loading["missing_keys"] if k.split(".")[0] not in family.head)
+    lacking = sorted(k for k in loading["missing_keys"] if k.split(".")[0] not in new)
     if lacking:
         raise InputError(
-            f"the weights of {config.model!r} lack {len(lacking)} tensors of the base model, "
-            f"{lacking[0]} first; they would be random"
+            f"the weights of {config.model!r} lack {len(lacking)} tensors of the "
+            f"{'base' if new else 'language'} model, {lacking[0]} first; they would be random"
         )
     if config.method != "qlora":
         model.to(config.device)
     if config.method != "full" and config.device == "cpu":
         _own_memory(model)
-    model.config.use_cache = False
-    return model  # type: ignore[no-any-return]  # transformers is not typed
+    return model
 
 
 def _own_memory(model: torch.nn.Module) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from peftprof.config import RunConfig
 from peftprof.errors import InputError
@@ -165,31 +164,4 @@ def _language_model(source: Source, config: RunConfig, family: Family) -> Any:
     """The causal language model of `source`; as `models.load_model`, which is of classifiers."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if config.method == "qlora":
-        options["quantization_config"] = models.quantization(config, family)
-        options["device_map"] = {"": config.device}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise InputError(
-            f"model {config.model!r} cannot be loaded as a language model ({one_line(error)}); "
-            "save it or fetch it again"
-        ) from error
-    if lacking := sorted(loading["missing_keys"]):
-        raise InputError(
-            f"the weights of {config.model!r} lack {len(lacking)} tensors of a language model, "
-            f"{lacking[0]} first; they would be random"
-        )
-    if config.method != "qlora":
-        model.to(config.device)
-    return model
+    return models.pretrained(AutoModelForCausalLM, source, config, family)
