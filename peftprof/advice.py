@@ -13,6 +13,9 @@ from peftprof.breakdowns import MEMORY_PARTS
 # attribution, and what the process or the device holds beside PyTorch's tensors.
 TERMS: Final = (*MEMORY_PARTS, "allocator", "process")
 TENSORS: Final = MEMORY_PARTS
+# When a run's peak may be: where forward and backward have the most, where the optimizer steps
+# over all gradients, or where batches twice as large are evaluated.
+MOMENTS: Final = ("backward", "optimizer", "evaluation")
 OBJECTIVES: Final = ("throughput", "memory", "accuracy")
 
 
@@ -33,7 +36,7 @@ class Prediction:
     """What a step of `choice` is predicted to take.
 
     `terms` are bytes at the peak by TERMS and add up to `peak_bytes`; `low_bytes` and
-    `high_bytes` are within what it is expected. Seconds are of forward, backward and
+    `high_bytes` are within what it is expected, `moment` is when, one of MOMENTS. Seconds are of forward, backward and
     optimizer; None where the device's speed is not known.
     """
 
@@ -42,6 +45,7 @@ class Prediction:
     peak_bytes: int
     low_bytes: int
     high_bytes: int
+    moment: str
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None

@@ -167,6 +167,14 @@ class MemoryStep:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """What goes through the model at once: examples, and tokens with their padding."""
+
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """Whether steps were replayed, why or why not, and what was measured for one shape."""
 
@@ -226,6 +234,7 @@ class RunRecord:
     profiled: Profiled | None = None
     memory_step: MemoryStep | None = None
     ceilings: Ceilings | None = None
+    evaluated: Computed | None = None  # the most of an evaluation
 
 
 def read_record(folder: Path) -> RunRecord:

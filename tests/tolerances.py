@@ -94,6 +94,5 @@ LOGARITHMS = 1e-12
 # may be the largest. In bf16 two layers of BF16_REORDERED.
 TOKEN_TIE = {torch.float32: LOGITS_FP32, torch.bfloat16: 2 * BF16_REORDERED}
 
-# A layer that stands for others like it: what the first allocates once for all (layouts of a
-# batch) and what the last leaves are a little of a peak, the more the smaller the model.
-REPEATED_LAYERS = 0.01
+# A layer that stands for others is like them to the byte; what is left is rounding to whole bytes.
+REPEATED_LAYERS = 1e-6

@@ -14,12 +14,11 @@ from typing import Any
 
 from peftprof import devices
 from peftprof.advice import OBJECTIVES, Advice, Choice, Prediction
-from peftprof.advise import blueprint, lessons, shapes
+from peftprof.advise import kept, lessons, shapes
 from peftprof.advise.predict import Predictor, Subject
 from peftprof.calibrations import Calibration
 from peftprof.config import METHODS
 from peftprof.errors import ConfigError
-from peftprof.run import packing
 
 VERSION = 1
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -57,8 +56,13 @@ def choices(subject: Subject, wanted: Wanted) -> list[Choice]:
     kernels = wanted.kernels or KERNELS[kind]
     if kind == "cpu" and "triton" in kernels:
         raise ConfigError("--kernels triton needs a GPU; name one with --device, or leave it out")
-    smallest = _smallest_side(subject)
-    ranks = wanted.ranks or tuple(r for r in RANKS if r <= smallest)
+    largest = subject.facts.largest_rank
+    if wanted.ranks and max(wanted.ranks) > largest and wanted.methods != ("full",):
+        raise ConfigError(
+            f"--rank {max(wanted.ranks)} is more than {largest}, the smaller side of a layer that "
+            "is adapted"
+        )
+    ranks = wanted.ranks or tuple(r for r in RANKS if r <= largest) or (largest,)
     found = [
         Choice(method, rank, batch, precision, checkpointing, backend)
         for method, rank, batch, precision, checkpointing, backend in itertools.product(
@@ -74,13 +78,6 @@ def choices(subject: Subject, wanted: Wanted) -> list[Choice]:
     return found
 
 
-def _smallest_side(subject: Subject) -> int:
-    config = subject.shape.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return min(int(config.hidden_size), int(heads * width))
-
-
 def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> Advice:
     """The answer for `memory_bytes`; `model` is what `train` knows the model by.
 
@@ -91,9 +88,6 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
             f"unknown --objective {wanted.objective!r}; it is one of {', '.join(OBJECTIVES)}"
         )
     every = choices(subject, wanted)
-    largest = max(every, key=lambda choice: choice.rank)
-    if {choice.method for choice in every} != {"full"}:
-        blueprint.check(subject.shape, subject.config(largest))
     predictions = _predict(subject, every)
     fits = [p for p in predictions if p.high_bytes <= memory_bytes]
     order = _order(wanted)
@@ -103,7 +97,7 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
         version=VERSION,
         model=subject.shape.name,
         model_basis=subject.shape.basis,
-        parameters=blueprint.parameters(subject.shape),
+        parameters=subject.facts.parameters,
         layers=subject.shape.layers,
         device=subject.device.device,
         device_basis=subject.device.basis,
@@ -124,9 +118,11 @@ def _predict(subject: Subject, every: Sequence[Choice]) -> list[Prediction]:
     ways: dict[Choice, list[Choice]] = {}
     for choice in every:
         ways.setdefault(Predictor.way(choice), []).append(choice)
-    workers = min(len(os.sched_getaffinity(0)), len(ways)) if sys.platform == "linux" else 1
-    if workers == 1:
+    new = sum(not kept.has(subject.shape, subject.config(way)) for way in ways)
+    workers = min(len(os.sched_getaffinity(0)), new) if sys.platform == "linux" else 1
+    if workers <= 1:
         return [p for choices in ways.values() for p in _of_one_way(subject, choices)]
+    _ = subject.shape.inputs  # what tracing needs is imported once, before the fork
     # Forked, so that nothing is imported anew; no thread has computed anything yet.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         found = pool.map(functools.partial(_of_one_way, subject), ways.values())
@@ -277,21 +273,24 @@ def subject(
     """What `advise` is asked about. Raises InputError, ConfigError, DeviceError, FolderError."""
     known = calibration(device)
     shape = shapes.find(model)
-    limit = getattr(shape.config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit:
-        raise ConfigError(f"--tokens {tokens} is more than the {limit} positions of {model!r}")
-    packs = packing.supported(shape.config, shape.family, tokens)
+    facts = kept.facts_of(shape, target_modules or shape.family.targets)
+    if facts.positions is not None and tokens > facts.positions:
+        raise ConfigError(
+            f"--tokens {tokens} is more than the {facts.positions} positions of {model!r}"
+        )
+    packs = facts.packable >= tokens
     if padding == "packed" and not packs:
         raise ConfigError(f"--padding packed is not known for {model!r}; use --padding split")
     if padding == "auto":
         padding = "packed" if packs else "split"
     return Subject(
         shape,
+        facts,
         known,
         tokens,
         padding,
         target_modules=target_modules,
         lessons=lessons.read(known).of(
-            lessons.model_of(shape.name, shape.model_type, blueprint.parameters(shape))
+            lessons.model_of(shape.name, shape.model_type, facts.parameters)
         ),
     )

@@ -8,8 +8,9 @@ answer may; a test holds the stand-ins to what the real ones allocate.
 """
 
 import dataclasses
+import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,29 @@ class Held:
 
 @dataclass(frozen=True)
 class Traced:
-    """One step of a blueprint: what it holds before, by layer (None: outside), and its log."""
+    """One step of a blueprint and the evaluation of its batch.
+
+    What the model holds before, by layer (None: outside), and a log of each.
+    """
 
     held: dict[int | None, Held]
-    log: Log
-    layers: int
+    training: Log
+    evaluation: Log
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is asked of a shape before anything is traced.
+
+    `positions` is how long an example may be (None: without end), `packable` how long where
+    sequences are packed, 0 where they cannot be. `largest_rank` is the smaller side of the
+    narrowest linear that is adapted.
+    """
+
+    parameters: int
+    positions: int | None
+    packable: int
+    largest_rank: int
 
 
 def trace(shape: Shape, config: RunConfig, batch: Batch, layers: int | None = None) -> Traced:
@@ -59,30 +78,49 @@ def trace(shape: Shape, config: RunConfig, batch: Batch, layers: int | None = No
         model = _model(shape, config, layers)
         fake = _fake(batch, mode)
         held = _held(model, shape, config)
-        tracker = Tracker()
-        tracker.hold([*_tensors(model), *_batch_tensors(fake)])
-        stack = model.get_submodule(shape.family.layers)
-        hooks: list[tuple[Any, ...]] = [_mark(layer, i, tracker) for i, layer in enumerate(stack)]
-        # Of what holds the layers, so that what the last was called with is gone, too.
-        holder = model.get_submodule(shape.family.layers.rpartition(".")[0])
-        ended = holder.register_forward_hook(lambda *_: tracker.mark(HEAD))
-        hooks.append((ended,))
-        with tracker:
-            for part in fake.parts:
-                tracker.mark(FORWARD)
-                with _autocast(config):
-                    logits = packing.logits(model, part)
-                    loss = cross_entropy(logits.float(), part.labels, reduction="sum")
-                    loss = loss / fake.samples
-                del logits
-                tracker.mark(BACKWARD)
-                loss.backward()
-                del loss
-        log = tracker.close()
-        for pair in hooks:
-            for hook in pair:
-                hook.remove()
-    return Traced(held, log, len(stack))
+        training = _logged(model, shape, fake, functools.partial(_learn, model, fake, config))
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        evaluation = _logged(model, shape, fake, functools.partial(_predict, model, fake, config))
+    return Traced(held, training, evaluation)
+
+
+def _logged(model: Any, shape: Shape, batch: Batch, does: Callable[[Tracker], None]) -> Log:
+    """What `does` allocates and calls, marked by layer."""
+    tracker = Tracker()
+    tracker.hold([*_tensors(model), *_batch_tensors(batch)])
+    stack = model.get_submodule(shape.family.layers)
+    hooks = [hook for i, layer in enumerate(stack) for hook in _mark(layer, i, tracker)]
+    # Of what holds the layers, so that what the last was called with is gone, too.
+    holder = model.get_submodule(shape.family.layers.rpartition(".")[0])
+    hooks.append(holder.register_forward_hook(lambda *_: tracker.mark(HEAD)))
+    with tracker:
+        does(tracker)
+    for hook in hooks:
+        hook.remove()
+    return tracker.close()
+
+
+def _learn(model: Any, batch: Batch, config: RunConfig, tracker: Tracker) -> None:
+    """As `loop.Trainee.step` does."""
+    for part in batch.parts:
+        tracker.mark(FORWARD)
+        with _autocast(config):
+            logits = packing.logits(model, part)
+            loss = cross_entropy(logits.float(), part.labels, reduction="sum")
+            loss = loss / batch.samples
+        del logits
+        tracker.mark(BACKWARD)
+        loss.backward()
+        del loss
+
+
+def _predict(model: Any, batch: Batch, config: RunConfig, tracker: Tracker) -> None:
+    """As `loop.Trainee.predict` does."""
+    for part in batch.parts:
+        tracker.mark(FORWARD)
+        with torch.inference_mode(), _autocast(config):
+            packing.logits(model, part).float()
 
 
 def _autocast(config: RunConfig) -> Any:
@@ -177,14 +215,14 @@ class Quantised(torch.nn.Linear):
             state2=nested,
         )
         vars(self.weight)["quant_state"] = state
+        self._stock = adapters.nf4_weight(self) if config.kernels == "bnb" else None
         self.bias = dense.bias
         if config.kernels == "bnb" and dense.bias is not None:
             self.bias.data = dense.bias.data.to(self.compute_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As bitsandbytes does: the product in the compute dtype, the result in x's."""
-        weight = adapters.nf4_weight(self)
-        y = _StockNF4.apply(x.to(self.compute_dtype), self.bias, weight)  # type: ignore[no-untyped-call]
+        y = _StockNF4.apply(x.to(self.compute_dtype), self.bias, self._stock)  # type: ignore[no-untyped-call]
         return y.to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -311,10 +349,10 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _state(module: Any) -> list[torch.Tensor]:
     """What dequantising needs beside the packed weight, and what of it we keep twice."""
-    weight = adapters.nf4_weight(module)
-    parts = (weight.absmax, weight.code, weight.absmax2, weight.code2, weight.offset)
+    state = module.weight.quant_state
+    nested = state.state2
     own = getattr(module, adapters.OWN_WEIGHT, None)
-    found = [part for part in parts if part is not None]
+    found = [state.absmax, state.code, nested.absmax, nested.code, state.offset]
     return found + ([] if own is None else own.tensors()[1:])
 
 
@@ -348,22 +386,35 @@ def _held(model: torch.nn.Module, shape: Shape, config: RunConfig) -> dict[int |
     return {layer: Held(**parts) for layer, parts in found.items()}
 
 
-def check(shape: Shape, config: RunConfig) -> None:
-    """Raise ConfigError where the targets or the rank of `config` do not fit the model."""
-    with FakeTensorMode():
-        family = dataclasses.replace(shape.family, targets=config.target_modules)
-        adapters.check_targets(_dense(shape, 1), config, family)
+def facts(shape: Shape, targets: tuple[str, ...]) -> Facts:
+    """What is known of `shape` with these modules adapted.
 
-
-def parameters(shape: Shape) -> int:
-    """How many parameters the classifier has."""
+    Raises ConfigError where no linear of the model bears such a name.
+    """
     few = 2 if shape.alike and shape.layers > 2 else shape.layers
+    family = dataclasses.replace(shape.family, targets=targets)
     with FakeTensorMode():
         model = _dense(shape, few)
         stack = model.get_submodule(shape.family.layers)
         layer = sum(p.numel() for p in stack[-1].parameters())
-        found: int = sum(p.numel() for p in model.parameters()) + (shape.layers - few) * layer
-        return found
+        found = sum(p.numel() for p in model.parameters()) + (shape.layers - few) * layer
+        sides = adapters.check_targets(model, shape.name, family)
+    return Facts(found, positions(shape), packing.packable(shape.config, shape.family), sides)
+
+
+def positions(shape: Shape) -> int | None:
+    """How many tokens an example may have; None where there is no end."""
+    limit = getattr(shape.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def sizes(shape: Shape) -> set[int]:
+    """Every number that a tensor's size may be a multiple of, beside those of a batch."""
+    found = {v for v in shape.config.to_dict().values() if isinstance(v, int) and v > 1}
+    with FakeTensorMode():
+        for parameter in _dense(shape, 1).parameters():
+            found |= set(parameter.shape)
+    return found | {shape.labels}
 
 
 def batch_of(

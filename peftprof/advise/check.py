@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftprof.advice import TENSORS, CheckedRun, Choice, Prediction
-from peftprof.advise import shapes
+from peftprof.advise import kept, shapes
 from peftprof.advise.lessons import Lessons, model_of
-from peftprof.advise.predict import Predictor, Subject
+from peftprof.advise.predict import Predictor, Size, Subject
 from peftprof.advise.shapes import Shape
 from peftprof.calibrations import Calibration
 from peftprof.config import RunConfig
 from peftprof.errors import FolderError, TraceError
-from peftprof.records import RunRecord, read_record
+from peftprof.records import Computed, RunRecord, read_record
 from peftprof.run.folder import RunFolder, Step
 
 
@@ -43,7 +43,7 @@ class Checker:
             raise FolderError(f"{folder} has no steps; there is nothing to check against")
         choice = choice_of(config)
         largest = max(steps, key=lambda step: step.padded_tokens)
-        memory = self._predict(record, config, choice, [largest])
+        memory = self._predict(record, config, choice, [largest], record.evaluated)
         usual = [step for step in steps if not step.warmup] or steps
         time = self._predict(record, config, choice, usual)
         same = self._is_device(record)
@@ -69,27 +69,35 @@ class Checker:
         return bool(name) and str(name) in self.device.device
 
     def _predict(
-        self, record: RunRecord, config: RunConfig, choice: Choice, steps: Sequence[Step]
+        self,
+        record: RunRecord,
+        config: RunConfig,
+        choice: Choice,
+        steps: Sequence[Step],
+        evaluated: Computed | None = None,
     ) -> Prediction:
         """For the mean of `steps`: so many sequences, of so many tokens as were computed."""
         samples = statistics.mean(step.samples for step in steps)
         tokens = statistics.mean(step.padded_tokens for step in steps)
-        length = max(1, round(tokens / samples))
-        predictor = self._predictor(record, config, length)
+        predictor = self._predictor(record, config)
         others = self.lessons.of(_model(record)).without(f"{record.created} {record.name}")
         predictor.subject = replace(predictor.subject, lessons=others)
-        return predictor.predict(choice, tokens / length)
+        most = Size(evaluated.examples, evaluated.tokens / evaluated.examples) if evaluated else None
+        return predictor.predict(choice, Size(samples, tokens / samples), most)
 
-    def _predictor(self, record: RunRecord, config: RunConfig, length: int) -> Predictor:
-        key = (config.model, config.padding, config.device, config.target_modules, length)
+    def _predictor(self, record: RunRecord, config: RunConfig) -> Predictor:
+        key = (config.model, config.padding, config.device, config.target_modules)
         if key not in self._predictors:
+            shape = self._shape(record, config)
+            targets = config.target_modules or record.target_modules
             subject = Subject(
-                self._shape(record, config),
+                shape,
+                kept.facts_of(shape, targets or shape.family.targets),
                 self.device,
-                length,
+                config.max_length,
                 config.padding,
                 config.dropout,
-                config.target_modules or record.target_modules,
+                targets,
                 self.lessons,
             )
             self._predictors[key] = Predictor(subject)

@@ -4,17 +4,18 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from peftprof.advice import Choice, Prediction
-from peftprof.advise import profile, work
+from peftprof.advise import kept
+from peftprof.advise.blueprint import Facts
 from peftprof.advise.lessons import Lessons
-from peftprof.advise.profile import Profile
+from peftprof.advise.profile import Peak, Profile
 from peftprof.advise.shapes import Shape
-from peftprof.advise.work import StepWork
 from peftprof.calibrations import Calibration
 from peftprof.config import RunConfig
 from peftprof.run import packing
+from peftprof.run.loop import EVALUATED
 
 # A tensor of AdamW's two moments beside every trained one, both fp32.
-MOMENTS = 2
+STATES = 2
 # What the allocator holds beside the blocks in use, as a share of what comes and goes in a
 # step. On a CPU measured (docs/advice.md): padded batches are of ever other lengths, and leave
 # holes that no later block fits into. On a GPU an assumption, until it has been measured.
@@ -30,6 +31,7 @@ class Subject:
     """What stays the same over all choices: a model, a device, and examples of `tokens` tokens."""
 
     shape: Shape
+    facts: Facts
     device: Calibration
     tokens: int
     padding: str
@@ -62,29 +64,43 @@ class Subject:
         )
 
 
+@dataclass(frozen=True)
+class Size:
+    """Examples that are computed at once, of `tokens` tokens each; a part of one may be meant."""
+
+    examples: float
+    tokens: float
+
+
 @dataclass
 class Predictor:
-    """Predictions for one subject. A step is traced once for all its batches and ranks."""
+    """Predictions for one subject. A step is traced once for all batches, ranks and lengths."""
 
     subject: Subject
-    _traced: dict[Choice, tuple[Profile, StepWork]] = field(default_factory=dict)
+    _traced: dict[Choice, Profile] = field(default_factory=dict)
 
-    def predict(self, choice: Choice, sequences: float | None = None) -> Prediction:
-        """What a step of `choice` takes; `sequences` in its largest batch, if not all of it.
+    def predict(
+        self, choice: Choice, trained: Size | None = None, evaluated: Size | None = None
+    ) -> Prediction:
+        """What a step of `choice` takes, and the evaluation that follows.
 
-        Raises ConfigError where the choice does not fit the model.
+        `trained` and `evaluated` are the largest batches of each, if they are not what
+        `choice` makes of the subject. Raises ConfigError where the choice does not fit the model.
         """
-        one, does = self._trace(choice)
-        batch = self._computed(choice) if sequences is None else sequences
-        terms = self._terms(one, choice, batch)
+        one = self._trace(choice)
+        if trained is None:
+            trained = self._size(choice, choice.batch_size)
+            evaluated = self._size(choice, EVALUATED * choice.batch_size)
+        terms, moment = self._terms(one, choice, trained, evaluated)
         peak = sum(terms.values())
-        seconds = self._seconds(does, choice, batch, one)
+        seconds = self._seconds(one, choice, trained)
         return Prediction(
             choice,
             terms,
             peak,
             round(peak * (1 - MEMORY_INTERVAL)),
             round(peak * (1 + MEMORY_INTERVAL)),
+            moment,
             *seconds,
         )
 
@@ -93,60 +109,65 @@ class Predictor:
         """What choices that need the same trace have in common."""
         return dataclasses.replace(choice, rank=1, batch_size=1)
 
-    def _trace(self, choice: Choice) -> tuple[Profile, StepWork]:
+    def _trace(self, choice: Choice) -> Profile:
         key = self.way(choice)
         if key not in self._traced:
-            made = profile.make(
-                self.subject.shape, self.subject.config(choice), self.subject.tokens
-            )
-            self._traced[key] = made, work.of(made)
+            self._traced[key] = kept.profile_of(self.subject.shape, self.subject.config(choice))
         return self._traced[key]
 
-    def _computed(self, choice: Choice) -> float:
-        """Sequences that are computed, what packed tokens are rounded up by included."""
+    def _size(self, choice: Choice, examples: int) -> Size:
+        """What is computed, what packed tokens are rounded up by included."""
+        tokens = self.subject.tokens
         if self.subject.padding != "packed":
-            return choice.batch_size
+            return Size(examples, tokens)
         step = packing.multiple(self.subject.config(choice))
-        tokens = choice.batch_size * self.subject.tokens
-        return -(-tokens // step) * step / self.subject.tokens
+        return Size(-(-examples * tokens // step) * step / tokens, tokens)
 
-    def _terms(self, one: Profile, choice: Choice, batch: float) -> dict[str, int]:
-        device = self.subject.device
+    def _terms(
+        self, one: Profile, choice: Choice, trained: Size, evaluated: Size | None
+    ) -> tuple[dict[str, int], str]:
+        """Bytes by TERMS at the peak, and when it is, one of MOMENTS."""
+        device, rank = self.subject.device, choice.rank
         cuda = device.kind == "cuda"
-        held, peak = one.holds(choice.rank), one.peak(batch, choice.rank, rounded=cuda)
-        full = choice.method == "full"
-        trained = held.base_weights if full else held.lora + held.head
+        held = one.holds(rank)
+        changed = held.base_weights if choice.method == "full" else held.lora + held.head
+        moments = {
+            "backward": one.training.peak(trained.examples, rank, trained.tokens, cuda),
+            "optimizer": Peak(changed, {"gradients": changed}),
+        }
+        if evaluated is not None:
+            moments["evaluation"] = one.evaluation.peak(
+                evaluated.examples, rank, evaluated.tokens, cuda
+            )
+        moment = max(moments, key=lambda name: moments[name].total)
+        peak = moments[moment]
         terms = {
             "base_weights": held.base_weights,
             "quantisation_state": held.quantisation_state,
             "adapters": held.lora + held.head,
-            "gradients": peak.parts["gradients"],
-            "optimizer_state": MOMENTS * trained,
-            "activations": peak.parts["activations"],
-            "dequant_workspace": peak.parts["dequant_workspace"],
-            "other": held.other + peak.parts["other"],
+            "gradients": peak.parts.get("gradients", 0),
+            "optimizer_state": STATES * changed,
+            "activations": peak.parts.get("activations", 0),
+            "dequant_workspace": peak.parts.get("dequant_workspace", 0),
+            "other": held.other + peak.parts.get("other", 0),
         }
-        if peak.total < trained:  # then the peak is where the optimizer steps
-            terms |= {"gradients": trained, "activations": 0, "dequant_workspace": 0}
-            terms["other"] = held.other
-        moving = max(peak.total, trained)
         if cuda:
-            terms["allocator"] = round(CUDA_SLACK * moving) + SEGMENT
+            terms["allocator"] = round(CUDA_SLACK * peak.total) + SEGMENT
             terms["process"] = device.context_bytes
         else:
-            terms["allocator"] = round(SLACK["cpu"][self.subject.padding] * moving)
+            terms["allocator"] = round(SLACK["cpu"][self.subject.padding] * peak.total)
             terms["process"] = self.subject.learnt.process_bytes(choice)[0]
-        return terms
+        return terms, moment
 
-    def _seconds(
-        self, does: StepWork, choice: Choice, batch: float, one: Profile
-    ) -> tuple[float | None, ...]:
+    def _seconds(self, one: Profile, choice: Choice, trained: Size) -> tuple[float | None, ...]:
         device, subject = self.subject.device, self.subject
         if choice.precision not in device.dtypes:
             return (None,) * 6
         held = one.holds(choice.rank)
-        trained = held.base_weights if choice.method == "full" else held.lora + held.head
+        changed = held.base_weights if choice.method == "full" else held.lora + held.head
         factor, off, _ = subject.learnt.step(choice)
-        spent = factor * does.seconds(device, batch, choice.rank, trained / 4)
+        spent = factor * one.work.seconds(
+            device, trained.examples, choice.rank, trained.tokens, changed / 4
+        )
         total = float(spent.sum())
         return (*map(float, spent), total / (1 + off), total * (1 + off), factor)

@@ -1,32 +1,29 @@
-"""One traced step, for any batch, rank and depth: what is allocated as a function of the three.
+"""One traced step, for any batch, rank, length and depth: what is allocated and computed.
 
-Traced is a batch of b0 sequences and a rank r0, both primes that divide no other size of the
-model. So the bytes of a block say by themselves what it grows with: those that b0 divides
-grow with the batch, those that r0 divides with the rank, and no second trace is needed. Of a
-deep model four layers are traced. The third stands in forward for all that follow one like
-themselves, and in backward the second, which comes after the third there.
+What a block grows with is read off its size (`growth`). Of a deep model few layers are
+traced, and the second stands for all others that are neither the first nor the last.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from peftprof.advise import blueprint
+from peftprof.advise import blueprint, growth, work
 from peftprof.advise.blueprint import Held
+from peftprof.advise.growth import Floats, Ints, Markers
 from peftprof.advise.shapes import Shape
 from peftprof.advise.tracker import BACKWARD, FORWARD, HEAD, Log, Mark, Operator
+from peftprof.advise.work import StepWork
 from peftprof.config import RunConfig
 
-Floats = npt.NDArray[np.float64]
-
-BATCHES = (11, 13, 17, 19, 23, 29, 31)
-RANKS = (5, 7, 11, 13, 17, 19, 23)
 PARTS = ("gradients", "activations", "dequant_workspace", "other")
 GRADIENTS, ACTIVATIONS, WORKSPACE, OTHER = range(4)
-TRACED, FIRST, LIKE = 4, 1, 2  # layers, and those that stand for others
+LIKE = 1  # the layer that stands for others
+# Layers traced. Where the last is narrowed to the tokens that a classifier reads (`narrow`),
+# the one before it prepares that, and is like no other either.
+TRACED = {"first": 4, "last": 3, None: 3}
 ROUNDED = 512  # bytes of which PyTorch's caching allocator gives a multiple
 
 
@@ -37,9 +34,8 @@ class Segment:
     `blocks` are numbers, `counts` how many like it are allocated (freed: below 0) at once.
     """
 
-    blocks: npt.NDArray[np.int64]
+    blocks: Ints
     counts: Floats
-    operators: tuple[Operator, ...]
     times: int
 
 
@@ -52,38 +48,21 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A step of one method, precision and backend over sequences of one length.
-
-    `bytes`, `by_batch` and `by_rank` are of each block: its size as traced, and whether it
-    grows with the batch and with the rank. `held` is the whole model's at rank `rank`.
+class Allocations:
+    """What is allocated and freed, in order: `coefficients` and `terms` are each block's size
+    (`growth`), `part` what it is for, a number of PARTS.
     """
 
-    config: RunConfig
-    length: int
-    batch: int
-    rank: int
-    bytes: Floats
-    by_batch: npt.NDArray[np.bool_]
-    by_rank: npt.NDArray[np.bool_]
-    part: npt.NDArray[np.int64]
+    coefficients: Floats
+    terms: Ints
+    part: Ints
     segments: tuple[Segment, ...]
-    held: Held
 
-    def sizes(self, batch: float, rank: int, rounded: bool) -> Floats:
-        """Bytes of each block, for `batch` sequences (a part of one may be meant)."""
-        grown = np.where(self.by_batch, batch / self.batch, 1.0)
-        found = self.bytes * grown * np.where(self.by_rank, rank / self.rank, 1.0)
-        return np.ceil(found / ROUNDED) * ROUNDED if rounded else found
-
-    def holds(self, rank: int) -> Held:
-        """What the model holds at `rank`."""
-        lora = self.held.lora * rank // self.rank
-        return dataclasses.replace(self.held, lora=lora)
-
-    def peak(self, batch: float, rank: int, rounded: bool = False) -> Peak:
-        """The most that forward and backward have allocated at once."""
-        sizes = self.sizes(batch, rank, rounded)
+    def peak(self, batch: float, rank: int, tokens: float, rounded: bool = False) -> Peak:
+        """The most that is allocated at once, for `batch` examples of `tokens` tokens each."""
+        sizes = self.coefficients * growth.products(batch, rank, tokens)[self.terms]
+        if rounded:
+            sizes = np.ceil(sizes / ROUNDED) * ROUNDED
         parts = np.zeros(len(PARTS))
         best, at = 0.0, np.zeros(len(PARTS))
         for segment in self.segments:
@@ -101,62 +80,93 @@ class Profile:
         return Peak(round(best), dict(zip(PARTS, map(round, at.tolist()), strict=True)))
 
 
-def _by_part(changes: Floats, part: npt.NDArray[np.int64]) -> Floats:
+def _by_part(changes: Floats, part: Ints) -> Floats:
     found: Floats = np.bincount(part, changes, len(PARTS)).astype(np.float64)
     return found
 
 
-def make(shape: Shape, config: RunConfig, length: int) -> Profile:
-    """Trace a step of `config` (batch and rank are the profile's own) over `length` tokens.
+@dataclass(frozen=True)
+class Profile:
+    """A step of one method, precision and backend, and the evaluation of one batch.
+
+    `held` is the whole model's, with adapters of rank `rank`.
+    """
+
+    training: Allocations
+    evaluation: Allocations
+    work: StepWork
+    held: Held
+    rank: int
+
+    def holds(self, rank: int) -> Held:
+        """What the model holds at `rank`."""
+        return dataclasses.replace(self.held, lora=self.held.lora * rank // (self.rank or 1))
+
+
+def make(shape: Shape, config: RunConfig) -> Profile:
+    """Trace a step of `config`; batch, rank and length are the profile's own.
 
     Raises ConfigError where the configuration does not fit the model.
     """
-    sizes = _sizes(shape, length)
-    batch = _marker(BATCHES, sizes)
-    rank = _marker([r for r in RANKS if r != batch], sizes)
+    full = config.method == "full"
+    marks = growth.markers(blueprint.sizes(shape), blueprint.positions(shape), not full)
+    rank = marks.rank or config.rank
     traced_as = dataclasses.replace(config, rank=rank, alpha=config.scaling * rank)
-    trimmed = TRACED if shape.alike and shape.layers > TRACED else None
-    one = blueprint.trace(
-        shape, traced_as, blueprint.batch_of(shape, traced_as, batch, length, 1), trimmed
-    )
-    if trimmed and not _marked(one.log):
+    batch = blueprint.batch_of(shape, traced_as, marks.batch, marks.tokens, 1)
+    few = TRACED[shape.family.pools]
+    trimmed = few if shape.alike and shape.layers > few else None
+    one = blueprint.trace(shape, traced_as, batch, trimmed)
+    if trimmed and not _marked(one.training, few):
         trimmed = None
-        one = blueprint.trace(
-            shape, traced_as, blueprint.batch_of(shape, traced_as, batch, length, 1)
-        )
-    log, times = one.log, shape.layers - TRACED + 1 if trimmed else 1
-    size = np.array([block.bytes for block in log.blocks], np.float64)
-    whole = size.astype(np.int64)
+        one = blueprint.trace(shape, traced_as, batch)
+    times = shape.layers - few + 1 if trimmed else 1
+    training, operators = _allocations(one.training, marks, times, bool(trimmed))
+    evaluation, _ = _allocations(one.evaluation, marks, times, bool(trimmed))
     return Profile(
-        config=config,
-        length=length,
-        batch=batch,
-        rank=rank,
-        bytes=size,
-        by_batch=whole % batch == 0,
-        by_rank=(whole % rank == 0) & (config.method != "full"),
-        part=_parts(log),
-        segments=_segments(log, times) if trimmed else (_segment(log, None, None, 1),),
-        held=_whole(one.held, times),
+        training,
+        evaluation,
+        work.of(operators, marks, config.precision != "fp32"),
+        _whole(one.held, times),
+        marks.rank,
     )
 
 
-def _sizes(shape: Shape, length: int) -> set[int]:
-    """Every number that a tensor's size may be a multiple of."""
-    values = shape.config.to_dict().values()
-    return {v for v in values if isinstance(v, int) and v > 1} | {length, shape.labels}
+Operators = Sequence[tuple[int, Sequence[Operator]]]
 
 
-def _marker(primes: Iterable[int], sizes: set[int]) -> int:
-    return next(p for p in primes if all(size % p for size in sizes))
+def _allocations(
+    log: Log, marks: Markers, times: int, repeated: bool
+) -> tuple[Allocations, Operators]:
+    """The log's blocks and events, and its operators with how often each is called."""
+    sizes = [marks.term(block.bytes) for block in log.blocks]
+    coefficients = np.array([coefficient for coefficient, _ in sizes], np.float64)
+    terms = np.array([term for _, term in sizes], np.int64)
+    pieces = _pieces(log) if repeated else [(None, None, False)]
+    numbers = np.array([number for number, _ in log.events], np.int64)
+    counts = np.array([sign for _, sign in log.events], np.float64)
+    if repeated:
+        _until_the_end(log, counts, times)
+    segments = []
+    operators = []
+    for first, last, again in pieces:
+        events = slice(first.events if first else 0, last.events if last else None)
+        called = slice(first.operators if first else 0, last.operators if last else None)
+        repeats = times if again else 1
+        segments.append(Segment(numbers[events], counts[events], repeats))
+        operators.append((repeats, log.operators[called]))
+    made = Allocations(coefficients, terms, _parts(log), tuple(segments))
+    return made, operators
 
 
-def _parts(log: Log) -> npt.NDArray[np.int64]:
-    backward = next(mark.events for mark in log.marks if mark.phase == BACKWARD)
+def _parts(log: Log) -> Ints:
+    end = len(log.events) + 1
+    backward = next((mark.events for mark in log.marks if mark.phase == BACKWARD), end)
     found = np.full(len(log.blocks), OTHER)
     for i, block in enumerate(log.blocks):
         if block.workspace:
             found[i] = WORKSPACE
+        elif backward == end:
+            continue
         elif block.phase == FORWARD and (block.died is None or block.died >= backward):
             found[i] = ACTIVATIONS
         elif block.phase == BACKWARD and block.died is None:
@@ -164,38 +174,36 @@ def _parts(log: Log) -> npt.NDArray[np.int64]:
     return found
 
 
-def _marked(log: Log) -> bool:
+def _marked(log: Log, layers: int) -> bool:
     """Whether every layer had a backward; before the first that is adapted none has."""
-    return len({mark.layer for mark in log.marks if mark.phase == BACKWARD}) == TRACED + 1
+    return len({mark.layer for mark in log.marks if mark.phase == BACKWARD}) == layers + 1
 
 
-def _segments(log: Log, times: int) -> tuple[Segment, ...]:
-    """The log cut round one layer's forward and one's backward, which happen `times` over."""
+def _pieces(log: Log) -> list[tuple[Mark | None, Mark | None, bool]]:
+    """The log cut round one layer's forward and, if there is one, one's backward: from, to, and
+    whether it is repeated.
+    """
     at = {(mark.phase, mark.layer): mark for mark in log.marks}
-    forward = at[FORWARD, LIKE], at[FORWARD, LIKE + 1]
-    backward = at[BACKWARD, FIRST], at[BACKWARD, FIRST - 1]
-    cuts = [None, *forward, *backward, None]
-    repeats = (1, times, 1, times, 1)
-    # What all layers keep until forward ends, such as the weights that autocast has cast.
-    begun, ended = at[HEAD, None].events, at[BACKWARD, None].events
-    counts = np.array([sign for _, sign in log.events], np.float64)
+    cuts: list[Mark | None] = [None, at[FORWARD, LIKE], at[FORWARD, LIKE + 1]]
+    if (BACKWARD, LIKE) in at:
+        cuts += [at[BACKWARD, LIKE], at[BACKWARD, LIKE - 1]]
+    cuts.append(None)
+    return [(cuts[i], cuts[i + 1], i % 2 == 1) for i in range(len(cuts) - 1)]
+
+
+def _until_the_end(log: Log, counts: Floats, times: int) -> None:
+    """Count `times` over what the repeated layer leaves until forward ends, in place.
+
+    All layers leave such, weights that autocast has cast for one.
+    """
+    at = {(mark.phase, mark.layer): mark for mark in log.marks}
+    first, last = at[FORWARD, LIKE].events, at[FORWARD, LIKE + 1].events
+    begun = at[HEAD, None].events
+    ended = at[BACKWARD, None].events if (BACKWARD, None) in at else len(log.events)
     for i in range(begun, ended):
         number, sign = log.events[i]
-        if sign < 0 and forward[0].events <= log.blocks[number].born < forward[1].events:
+        if sign < 0 and first <= log.blocks[number].born < last:
             counts[i] *= times
-    return tuple(
-        _segment(log, a, b, n, counts) for a, b, n in zip(cuts, cuts[1:], repeats, strict=False)
-    )
-
-
-def _segment(
-    log: Log, first: Mark | None, last: Mark | None, times: int, counts: Floats | None = None
-) -> Segment:
-    events = slice(first.events if first else 0, last.events if last else None)
-    operators = slice(first.operators if first else 0, last.operators if last else None)
-    pairs = np.array(log.events, np.int64).reshape(-1, 2)[events]
-    counted = pairs[:, 1].astype(np.float64) if counts is None else counts[events]
-    return Segment(pairs[:, 0], counted, tuple(log.operators[operators]), times)
 
 
 def _whole(held: dict[int | None, Held], times: int) -> Held:
@@ -204,5 +212,5 @@ def _whole(held: dict[int | None, Held], times: int) -> Held:
     sums = dict.fromkeys(names, 0)
     for layer, parts in held.items():
         for name in names:
-            sums[name] += getattr(parts, name) * (times if layer == FIRST else 1)
+            sums[name] += getattr(parts, name) * (times if layer == LIKE else 1)
     return Held(**sums)

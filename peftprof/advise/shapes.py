@@ -4,6 +4,7 @@ import copy
 import json
 import tomllib
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,37 +15,72 @@ from peftprof.run.model import FAMILIES, Family
 
 # Without any of these transformers fills in those of some published model, silently.
 _NEEDED = {
-    "distilbert": ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size"),
+    "distilbert": ("n_layers", "dim", "n_heads", "hidden_dim", "vocab_size"),
     None: (
-        "hidden_size",
         "num_hidden_layers",
+        "hidden_size",
         "num_attention_heads",
         "intermediate_size",
         "vocab_size",
     ),
 }
+_LAYERS = 0  # of these
+
+
+def _needed(model_type: str) -> tuple[str, ...]:
+    return _NEEDED.get(model_type, _NEEDED[None])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A classifier without values. `config` is as transformers reads it; `basis` says whence."""
+    """A classifier without values: `values` of its config.json, and `basis` says whence."""
 
     name: str
     basis: str
-    config: Any
+    values: dict[str, Any]
     family: Family
-    inputs: tuple[str, ...]
     labels: int = 2
 
     @property
     def model_type(self) -> str:
         """transformers' name of the family."""
-        return str(self.config.model_type)
+        return str(self.values["model_type"])
 
     @property
     def layers(self) -> int:
         """How many layers the whole model has."""
-        return int(self.config.num_hidden_layers)
+        return int(self.values[_needed(self.model_type)[_LAYERS]])
+
+    @cached_property
+    def config(self) -> Any:
+        """As transformers reads it, which takes seconds to import.
+
+        Raises InputError where it cannot.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
+        # A quantised checkpoint's settings are of its files, and not of its shape.
+        left_out = ("quantization_config", "auto_map")
+        try:
+            return AutoConfig.for_model(
+                **{k: v for k, v in self.values.items() if k not in left_out}
+            )
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise InputError(
+                f"the config.json of {self.name!r} is none that transformers knows "
+                f"({source.one_line(error)}); save the model there again"
+            ) from error
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the classifier is called with."""
+        import inspect
+
+        from transformers import AutoModelForSequenceClassification
+
+        made = AutoModelForSequenceClassification._model_mapping[type(self.config)]
+        return tuple(inspect.signature(made.forward).parameters)
 
     @property
     def alike(self) -> bool:
@@ -139,7 +175,7 @@ def _shape(name: str, basis: str, values: dict[str, Any], labels: int) -> Shape:
             f"model {name!r} is of the family {kind!r}; peftprof knows "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    needed = _NEEDED.get(kind, _NEEDED[None])
+    needed = _needed(kind)
     missing = [key for key in needed if key not in values]
     if missing:
         raise InputError(
@@ -152,21 +188,4 @@ def _shape(name: str, basis: str, values: dict[str, Any], labels: int) -> Shape:
             f"the config.json of {name!r} has {wrong[0]} {values[wrong[0]]!r}, which is no size; "
             "save the model there again"
         )
-    import inspect
-
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    try:
-        # A quantised checkpoint's settings are of its files, and not of its shape.
-        config = AutoConfig.for_model(
-            **{k: v for k, v in values.items() if k not in ("quantization_config", "auto_map")}
-        )
-        made = AutoModelForSequenceClassification._model_mapping[type(config)]
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(
-            f"the config.json of {name!r} is none that transformers knows "
-            f"({source.one_line(error)}); save the model there again"
-        ) from error
-    inputs = tuple(inspect.signature(made.forward).parameters)
-    return Shape(name, basis, config, FAMILIES[kind], inputs, labels)
+    return Shape(name, basis, values, FAMILIES[kind], labels)

@@ -6,18 +6,17 @@ seconds are a calibration's, an operator at a time (docs/devices.md).
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from peftprof.advise.profile import Profile
+from peftprof.advise import growth
+from peftprof.advise.growth import Floats, Markers
 from peftprof.advise.tracker import BACKWARD, FORWARD, Operator
 from peftprof.calibrations import Calibration, moved
 
-Floats = npt.NDArray[np.float64]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _OPERATORS = {
@@ -104,25 +103,18 @@ def _dtype(tensor: Tensor, other: str = "fp32") -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """All calls of a step of one kind and dtype, in columns, as functions of batch and rank.
-
-    Grown with the batch b and the rank r, a quantity is the sum of `q[:, 0]`, `q[:, 1] b`,
-    `q[:, 2] r` and `q[:, 3] b r`.
+    """All calls of a step of one kind and dtype, in columns; quantities are coefficients of
+    what they grow with (`growth`), [calls, TERMS].
     """
 
     kind: str
     dtype: str
     phase: str
     counts: Floats
-    flops: Floats  # [calls, 4]
-    bytes: Floats  # [calls, 4]
-    rows: Floats  # [calls, 4]
-    made: Floats  # bytes [calls, 4]
-
-    def at(self, quantity: Floats, batch: float, rank: int) -> Floats:
-        """`quantity` of each call."""
-        found: Floats = quantity @ np.array([1.0, batch, rank, batch * rank])
-        return found
+    flops: Floats
+    bytes: Floats
+    rows: Floats
+    made: Floats  # bytes in memory that is new
 
 
 @dataclass(frozen=True)
@@ -134,19 +126,25 @@ class StepWork:
     backward_calls: int
     autocast: bool
 
-    def seconds(self, device: Calibration, batch: float, rank: int, trained: float) -> Floats:
-        """Seconds on `device` of forward, backward and optimizer; `trained` parameters."""
+    def seconds(
+        self, device: Calibration, batch: float, rank: int, tokens: float, trained: float
+    ) -> Floats:
+        """Seconds on `device` of forward, backward and optimizer.
+
+        For `batch` examples of `tokens` tokens each, and `trained` parameters.
+        """
         spent = {FORWARD: 0.0, BACKWARD: 0.0}
+        grown = growth.products(batch, rank, tokens)
         for work in self.work:
             times = device.seconds(
                 work.kind,
                 work.dtype,
-                work.at(work.flops, batch, rank),
-                work.at(work.bytes, batch, rank),
-                work.at(work.rows, batch, rank) if work.kind == "gemm" else None,
+                work.flops @ grown,
+                work.bytes @ grown,
+                work.rows @ grown if work.kind == "gemm" else None,
             )
             if device.kind == "cpu":
-                new = work.at(work.made, batch, rank)
+                new = work.made @ grown
                 times = times + np.where(new > FRESH, new, 0) * device.overheads.fresh_s
             spent[work.phase] += float(work.counts @ times)
         moves = moved("optimizer", "fp32", trained)
@@ -163,12 +161,14 @@ class StepWork:
         return on_device if on_device.sum() >= host.sum() else host
 
 
-def of(profile: Profile) -> StepWork:
-    """The work of a traced step."""
+def of(
+    operators: Iterable[tuple[int, Sequence[Operator]]], markers: Markers, autocast: bool
+) -> StepWork:
+    """The work of a traced step: operators, and how often each of a sequence is called."""
     found: Counter[Operator] = Counter()
-    for segment in profile.segments:
-        for operator in segment.operators:
-            found[operator] += segment.times
+    for times, called in operators:
+        for operator in called:
+            found[operator] += times
     groups: dict[tuple[str, str, str], list[tuple[int, Call]]] = {}
     calling = Counter[str]()
     for operator, count in found.items():
@@ -177,32 +177,24 @@ def of(profile: Profile) -> StepWork:
         if _KINDS.get(operator.name.partition("::")[2]) != "free":
             calling[operator.phase] += count
     return StepWork(
-        tuple(_columns(profile, *key, found=rows) for key, rows in groups.items()),
+        tuple(_columns(markers, *key, found=rows) for key, rows in groups.items()),
         calling[FORWARD],
         calling[BACKWARD],
-        profile.config.precision != "fp32",
+        autocast,
     )
 
 
 def _columns(
-    profile: Profile, kind: str, dtype: str, phase: str, found: list[tuple[int, Call]]
+    markers: Markers, kind: str, dtype: str, phase: str, found: list[tuple[int, Call]]
 ) -> Work:
-    def grown(amount: int) -> Floats:
-        """`amount` as a sum of what is constant, and grows with batch, rank and both."""
-        with_batch = amount % profile.batch == 0
-        with_rank = amount % profile.rank == 0 and profile.config.method != "full"
-        result = np.zeros(4)
-        scale = (profile.batch if with_batch else 1) * (profile.rank if with_rank else 1)
-        result[with_batch + 2 * with_rank] = amount / scale
-        return result
+    def size(tensors: tuple[Tensor, ...]) -> list[float]:
+        return markers.spread(of.itemsize * math.prod(shape) for of, shape in tensors)
 
-    def size(tensors: tuple[Tensor, ...]) -> Floats:
-        return sum((of.itemsize * grown(math.prod(s)) for of, s in tensors), np.zeros(4))
+    per = float(moved(kind, dtype, 1)[0]) if any(call.elements for _, call in found) else 0.0
 
-    def moves(call: Call) -> Floats:
+    def moves(call: Call) -> list[float]:
         if call.elements:
-            per = float(moved(kind, dtype, 1)[0])
-            return per * grown(call.elements)
+            return [per * amount for amount in markers.spread([call.elements])]
         return size(call.tensors)
 
     return Work(
@@ -210,8 +202,8 @@ def _columns(
         dtype,
         phase,
         np.array([count for count, _ in found], np.float64),
-        np.array([grown(call.flops) for _, call in found]),
+        np.array([markers.spread([call.flops]) for _, call in found]),
         np.array([moves(call) for _, call in found]),
-        np.array([grown(call.rows) for _, call in found]),
+        np.array([markers.spread([call.rows]) for _, call in found]),
         np.array([size(call.made) for _, call in found]),
     )

@@ -51,7 +51,7 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
         return model.requires_grad_(True)
     from peft import LoraConfig, TaskType, get_peft_model
 
-    check_targets(model, config, family)
+    check_targets(model, config.model, family, config.rank)
     adapted: torch.nn.Module = get_peft_model(
         model,
         LoraConfig(
@@ -73,29 +73,31 @@ def attach(model: torch.nn.Module, config: RunConfig, family: Family) -> torch.n
     return adapted
 
 
-def check_targets(model: torch.nn.Module, config: RunConfig, family: Family) -> None:
-    """Raise ConfigError when no module bears a target name or the rank does not fit one."""
+def check_targets(model: torch.nn.Module, name: str, family: Family, rank: int = 1) -> int:
+    """The largest rank that fits every module that bears a target name, of the model `name`.
+
+    Raises ConfigError when none bears it, one is no linear layer, or `rank` is larger.
+    """
     # The head is trained whole, so it is nothing to adapt.
     base = {n: m for n, m in model.named_modules() if n.split(".")[0] not in family.head}
+    largest = {}
     for target in family.targets:
         named = [m for n, m in base.items() if n == target or n.endswith("." + target)]
         if not named:
             leaves = sorted({n.rpartition(".")[2] for n, m in base.items() if _is_linear(m)})
             raise ConfigError(
-                f"no module of {config.model!r} before its head is called {target!r}; its linear "
-                f"layers are "
-                f"{', '.join(leaves)}"
+                f"no module of {name!r} before its head is called {target!r}; its linear layers "
+                f"are {', '.join(leaves)}"
             )
-        for module in named:
-            if not _is_linear(module):
-                raise ConfigError(
-                    f"--target-modules {target} of {config.model!r} is no linear layer"
-                )
-            largest = min(module.in_features, module.out_features)
-            if config.rank > largest:
-                raise ConfigError(
-                    f"--rank {config.rank} is more than {largest}, the smaller side of {target!r}"
-                )
+        if not all(map(_is_linear, named)):
+            raise ConfigError(f"--target-modules {target} of {name!r} is no linear layer")
+        sides = [min(m.in_features, m.out_features) for m in named]  # type: ignore[type-var]
+        largest[target] = min(sides)
+        if rank > largest[target]:
+            raise ConfigError(
+                f"--rank {rank} is more than {largest[target]}, the smaller side of {target!r}"
+            )
+    return min(largest.values())  # type: ignore[return-value]
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

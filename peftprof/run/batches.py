@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from peftprof.errors import InputError
+from peftprof.records import Computed
 from peftprof.run import distributed
 from peftprof.run.tables import Examples
 from peftprof.run.tokens import tokenise
@@ -167,9 +168,22 @@ class Batches:
         With each batch go the numbers of its examples, in the order of its parts' labels. Of
         several processes each gets its share of every batch.
         """
-        order = sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
+        order = self._by_length()
         for start in range(0, len(order), batch_size):
             yield self._share(order[start : start + batch_size])
+
+    def largest(self, batch_size: int) -> Computed:
+        """The most that `in_order` has computed at once."""
+        order = self._by_length()
+        # The last batch is of the longest examples, but may be of few.
+        starts = range(0, len(order), batch_size)[-2:]
+        batches = [self._share(order[start : start + batch_size])[1] for start in starts]
+        parts = [part for batch in batches for part in batch.parts]
+        sizes = [Computed(len(p.labels), p.inputs["input_ids"].numel()) for p in parts]
+        return max(sizes, key=lambda size: size.tokens, default=Computed(0, 0))
+
+    def _by_length(self) -> list[int]:
+        return sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
 
     def _share(self, indices: list[int]) -> tuple[list[int], Batch]:
         """This process's examples of a batch, by length so that tokens are shared out too."""

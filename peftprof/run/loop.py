@@ -32,6 +32,7 @@ from peftprof.watcher import Watcher
 
 WARMUP_STEPS = 5  # excluded from the figures after every start: allocators and caches fill
 GIVE_BACK_EVERY = 25  # steps between returns of a CPU's free memory; each slows the next step
+EVALUATED = 2  # an evaluation's batches are so many times as large; nothing is kept for backward
 FLUSH_EVERY = 10  # steps between two readings of the losses, each a wait for the device
 
 
@@ -147,7 +148,7 @@ class Trainee:
         predicted, own_loss = [0] * len(self.validation.labels), 0.0
         found: dict[int, int] = {}
         with annotate.phase("eval"):
-            for numbers, batch in self.validation.in_order(2 * self.config.batch_size):
+            for numbers, batch in self.validation.in_order(EVALUATED * self.config.batch_size):
                 classes: list[int] = []
                 for part in batch.to(self.device).parts:
                     with self.autocast():

@@ -6,6 +6,7 @@ hands down; and what leaves the last layer (`narrow`) is, for each sequence, the
 that the classifier reads. Everything between works token by token and needs nothing.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -25,20 +26,18 @@ ATTENTION = "peftprof_packed"
 BUCKET = 64
 
 
-def supported(model_config: Any, family: Family, longest: int) -> bool:
-    """Whether a model of this transformers config can run on packed sequences.
+def packable(model_config: Any, family: Family) -> int:
+    """Tokens of the longest sequence that a model of this transformers config can have packed.
 
-    `longest` is the length no sequence exceeds: a window of attention that is shorter would
-    be ignored, and so are encoders made into decoders.
+    A window of attention that is shorter would be ignored, and so are encoders made into
+    decoders: 0 for them.
     """
-    windows = [getattr(model_config, "sliding_window", None)]
-    if not getattr(model_config, "use_sliding_window", True):
-        windows = []
-    return (
-        family.pools is not None
-        and not getattr(model_config, "is_decoder", False)
-        and all(window is None or window >= longest for window in windows)
-    )
+    if family.pools is None or getattr(model_config, "is_decoder", False):
+        return 0
+    window = getattr(model_config, "sliding_window", None)
+    if window is None or not getattr(model_config, "use_sliding_window", True):
+        return sys.maxsize
+    return int(window)
 
 
 def first_position(family: str, pad_token_id: int) -> int:

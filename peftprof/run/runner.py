@@ -32,7 +32,7 @@ from peftprof.run import (
 from peftprof.run import model as models
 from peftprof.run.batches import Batches
 from peftprof.run.folder import RunFolder, Step
-from peftprof.run.loop import TimedLoop, Trainee, make_trainee
+from peftprof.run.loop import EVALUATED, TimedLoop, Trainee, make_trainee
 from peftprof.run.meters import percentiles
 from peftprof.run.source import Source, load_tokenizer, locate, one_line
 from peftprof.run.tables import Examples
@@ -157,7 +157,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _padding(source: Source, config: RunConfig, family: models.Family) -> str:
     """How batches of this model are made where the configuration leaves it open."""
-    packs = packing.supported(source.config, family, config.max_length)
+    packs = packing.packable(source.config, family) >= config.max_length
     if config.padding == "packed" and not packs:
         raise ConfigError(
             f"--padding packed is not known for {config.model!r} ({source.family}); use "
@@ -312,6 +312,7 @@ def _timed_pass(
         accuracy=passed.evaluations[-1].accuracy,
         memory=loop.peaks(),
         energy=loop.joules(),
+        evaluated=trainee.validation.largest(EVALUATED * prepared.config.batch_size),
     )
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from peftprof import devices
 from peftprof.advice import TERMS, CheckedRun, Choice
-from peftprof.advise import advisor, lessons, shapes
+from peftprof.advise import advisor, blueprint, lessons, shapes
 from peftprof.advise.advisor import Wanted
 from peftprof.advise.lessons import Lessons
 from peftprof.advise.predict import Subject
@@ -26,7 +26,9 @@ GIB = 2**30
 def subject(tmp_path_factory):
     path = tmp_path_factory.mktemp("shapes") / "llama.json"
     path.write_text(json.dumps(LLAMA))
-    return Subject(shapes.find(str(path)), devices.find("rtx 4090"), 64, "packed")
+    shape = shapes.find(str(path))
+    facts = blueprint.facts(shape, shape.family.targets)
+    return Subject(shape, facts, devices.find("rtx 4090"), 64, "packed")
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,31 @@ WAYS = [
 ]
 
 
-def traced(trainee, batch):
-    """The log of one real step's forward and backward."""
+def tracker_for(trainee, batch):
     tracker = Tracker()
     gc.collect()
     held = [*trainee.model.parameters(), *trainee.model.buffers()]
     tracker.hold([*held, *blueprint._batch_tensors(batch)])
+    return tracker
+
+
+def evaluated(trainee, batch):
+    """The log of one real batch's evaluation."""
+    tracker = tracker_for(trainee, batch)
+    trainee.model.eval()
+    with tracker:
+        for part in batch.parts:
+            tracker.mark(FORWARD)
+            with torch.inference_mode(), trainee.autocast():
+                packing.logits(trainee.model, part).float()
+        log = tracker.close()
+    trainee.model.train()
+    return log
+
+
+def traced(trainee, batch):
+    """The log of one real step's forward and backward."""
+    tracker = tracker_for(trainee, batch)
     with tracker:
         for part in batch.parts:
             tracker.mark(FORWARD)
@@ -57,7 +76,7 @@ def peak(log) -> int:
 
 
 def both(config, shortest=9):
-    """The real step, its log and the blueprint's: six sequences of 9 tokens, one shorter."""
+    """The real step, its logs and the blueprint's: six sequences of 9 tokens, one shorter."""
     prepared = runner.prepare(config)
     config = prepared.config
     trainee, _ = prepared.build()
@@ -72,8 +91,9 @@ def both(config, shortest=9):
         )
         return every.collate(range(6))
 
-    traced(trainee, batch())  # what is made once: by libraries, of a shape
-    real = traced(trainee, batch())
+    for log in (traced, evaluated):  # what is made once: by libraries, of a shape
+        log(trainee, batch())
+    real = blueprint.Traced({}, traced(trainee, batch()), evaluated(trainee, batch()))
     return trainee, real, blueprint.trace(shape, made, blueprint.batch_of(shape, made, 6, 9))
 
 
@@ -85,21 +105,24 @@ def test_a_blueprint_allocates_what_the_model_does(
 ):
     config = small_run(method, kernels=kernels, precision=precision, checkpointing=checkpointing)
     _, real, made = both(config)
-    assert 0 <= peak(real) - peak(made.log) <= INSIDE.get(method, 0) * peak(real)
+    for mine, theirs in ((made.training, real.training), (made.evaluation, real.evaluation)):
+        assert 0 <= peak(theirs) - peak(mine) <= INSIDE.get(method, 0) * peak(theirs)
 
 
 @pytest.mark.parametrize("family", ["distilbert", "llama", "qwen3", "modernbert", "roberta"])
 def test_every_family_on_padded_batches(family, small_run):
     config = small_run("lora", family, kernels="torch", padding="pad")
     _, real, made = both(config, shortest=7)
-    assert peak(made.log) == peak(real)
+    assert peak(made.training) == peak(real.training)
+    assert peak(made.evaluation) == peak(real.evaluation)
 
 
 @pytest.mark.parametrize("family", ["distilbert", "llama", "qwen3", "roberta"])
 def test_every_family_that_can_be_packed(family, small_run):
     config = small_run("lora", family, kernels="torch", padding="packed")
     _, real, made = both(config)
-    assert peak(made.log) == peak(real)
+    assert peak(made.training) == peak(real.training)
+    assert peak(made.evaluation) == peak(real.evaluation)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])

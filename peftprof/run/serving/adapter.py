@@ -100,7 +100,7 @@ def fresh(model: torch.nn.Module, config: RunConfig, family: Family, head: bool)
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from peft.tuners.lora.layer import LoraLayer
 
-    adapters.check_targets(model, config, family)
+    adapters.check_targets(model, config.model, family, config.rank)
     settings = LoraConfig(
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
         r=config.rank,
