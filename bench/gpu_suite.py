@@ -4,8 +4,9 @@
 
 Parts, each a process of its own, so that one that crashes ends nothing but itself: the
 kernels' tests on the GPU, compiled and not interpreted; the benchmarks in quick mode; the
-crossovers; a QLoRA run of each backend on a model and data made here, for such machines
-often reach no network; and the breakdown of each run's trace.
+crossovers; the device's calibration; a QLoRA run of each backend on a model and data made
+here, for such machines often reach no network; the breakdown of each run's trace; and what
+`advise` would have said of the runs, beside the allocator's own peaks.
 
 A part may take its weight's share of the time that is left, so what one leaves over goes
 to those after it. One that runs out is cut short and says so; what it had measured is
@@ -80,6 +81,7 @@ def plan(work: Path, rehearse: bool) -> list[Part]:
     tiny = ["--shapes", "64x64", "--tokens", "4"] if rehearse else []
     measuring = ["--device", device, "--quick", "--seconds", "{seconds}"]
     measuring += ["--out", str(work / "results"), *tiny]
+    cache = {"PEFTPROF_CACHE": str(work / "cache")}
     inputs = [python, "-m", "bench.suite_inputs", str(work / "inputs")]
     parts = [
         # They take the GPU where there is one, and those that need it are skipped elsewhere.
@@ -91,6 +93,8 @@ def plan(work: Path, rehearse: bool) -> list[Part]:
     ]
     if not rehearse:
         parts.append(Part("crossover", [python, "-m", "bench.crossover", *measuring], 80))
+        calibrate = [python, "-m", "peftprof", "calibrate", "--device", device]
+        parts.append(Part("calibrate", calibrate, 60, cache))
     parts.append(Part("inputs", [*inputs, *(["--tiny"] if rehearse else [])], 25))
     options = ["--method", "qlora", "--model", str(work / "inputs" / "model")]
     options += ["--dataset", str(work / "inputs" / "sentences.csv"), "--device", device]
@@ -98,9 +102,12 @@ def plan(work: Path, rehearse: bool) -> list[Part]:
     for kernels in BACKENDS if not rehearse else BACKENDS[:2]:
         folder = str(work / "runs" / kernels)
         train = [python, "-m", "peftprof", "train", *options, "--kernels", kernels]
-        parts.append(Part(f"train {kernels}", [*train, "--out", folder], 35, after="inputs"))
+        parts.append(Part(f"train {kernels}", [*train, "--out", folder], 35, cache, "inputs"))
         read = [python, "-m", "peftprof", "breakdown", "--json", folder]
         parts.append(Part(f"breakdown {kernels}", read, 8, after=f"train {kernels}"))
+    if not rehearse:
+        check = [python, "-m", "peftprof", "advise", "--check", str(work / "runs"), "--all"]
+        parts.append(Part("advise", [*check, "--device", device], 15, cache, "calibrate"))
     return parts
 
 

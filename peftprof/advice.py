@@ -36,8 +36,8 @@ class Prediction:
     """What a step of `choice` is predicted to take.
 
     `terms` are bytes at the peak by TERMS and add up to `peak_bytes`; `low_bytes` and
-    `high_bytes` are within what it is expected, `moment` is when, one of MOMENTS. Seconds are of forward, backward and
-    optimizer; None where the device's speed is not known.
+    `high_bytes` are within what it is expected, `moment` is when, one of MOMENTS. Seconds are
+    of forward, backward and optimizer; None where the device's speed is not known.
     """
 
     choice: Choice
@@ -99,7 +99,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run's prediction beside what was measured of it; None where one is not known."""
+    """A run's prediction beside what was measured of it; None where one is not known.
+
+    `measured_bytes` is the peak of a process on a CPU, and PyTorch's allocator's on a GPU: then
+    the context is left out of `predicted_bytes`. `allocated_bytes` is what the tensors of it took.
+    """
 
     name: str
     created: str
@@ -112,6 +116,8 @@ class CheckedRun:
     operators_s: float | None  # before any correction by runs
     measured_s: float | None
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)  # predicted, measured
+    predicted_tensor_bytes: int | None = None
+    allocated_bytes: int | None = None
 
     @property
     def run_id(self) -> str:

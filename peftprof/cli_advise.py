@@ -1,7 +1,10 @@
 """The command `advise`: parse, call, print."""
 
+import contextlib
+import gc
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,46 +59,63 @@ def advise(
     check: Annotated[
         list[Path] | None, typer.Option(help="Predict these runs and compare; may be repeated.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Show every choice.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Show every choice; of --check, every term.")
+    ] = False,
     svg: Annotated[Path | None, typer.Option(help="Also draw memory and throughput.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict memory and time of every method on a device, and say which to use."""
     if check:
-        _check(check, device, json)
+        _check(check, device, all_, json)
         return
-    limit = None if memory is None else memory_of(memory)
-    if tokens < 1:
-        raise ConfigError(f"--tokens is {tokens}; it must be 1 or more")
-    from peftprof.advise import advisor
-    from peftprof.report import advice as show
+    with _uncollected():
+        limit = None if memory is None else memory_of(memory)
+        if tokens < 1:
+            raise ConfigError(f"--tokens is {tokens}; it must be 1 or more")
+        if svg is not None:
+            from peftprof.report.picture import check_writable
 
-    wanted = advisor.Wanted(
-        methods=_names(method, "--method", METHODS),
-        ranks=_numbers(rank, "--rank"),
-        batch_sizes=_numbers(batch_size, "--batch-size"),
-        precisions=_names(precision, "--precision", ("fp32", "bf16", "fp16")),
-        checkpointing=() if checkpointing is None else (checkpointing,),
-        kernels=_names(kernels, "--kernels", ("torch", "bnb", "triton")),
-        objective=objective,
-    )
-    subject = advisor.subject(
-        model, device, tokens, padding, _names(target_modules, "--target-modules", None)
-    )
-    made = advisor.advise(subject, limit or subject.device.memory_bytes, wanted, model)
-    if svg is not None:
-        _write(svg, made)
-    if json:
-        import orjson
+            check_writable(svg)
+        from peftprof.advise import advisor
+        from peftprof.report import advice as show
 
-        print(orjson.dumps(show.to_json(made), option=orjson.OPT_INDENT_2).decode())
-        return
-    from peftprof.report.console import show as put
+        wanted = advisor.Wanted(
+            methods=_names(method, "--method", METHODS),
+            ranks=_numbers(rank, "--rank"),
+            batch_sizes=_numbers(batch_size, "--batch-size"),
+            precisions=_names(precision, "--precision", ("fp32", "bf16", "fp16")),
+            checkpointing=() if checkpointing is None else (checkpointing,),
+            kernels=_names(kernels, "--kernels", ("torch", "bnb", "triton")),
+            objective=objective,
+        )
+        subject = advisor.subject(
+            model, device, tokens, padding, _names(target_modules, "--target-modules", None)
+        )
+        made = advisor.advise(subject, limit or subject.device.memory_bytes, wanted)
+        if svg is not None:
+            _write(svg, made)
+        if json:
+            import orjson
 
-    put(show.render(made, all_))
+            print(orjson.dumps(show.to_json(made), option=orjson.OPT_INDENT_2).decode())
+            return
+        from peftprof.report.console import show as put
+
+        put(show.render(made, all_))
 
 
-def _check(paths: list[Path], device: str, json: bool) -> None:
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which imports make half a second of, for objects that stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _check(paths: list[Path], device: str, every: bool, json: bool) -> None:
     from peftprof.advise import advisor, check, lessons
     from peftprof.report import advice as show
 
@@ -109,15 +129,15 @@ def _check(paths: list[Path], device: str, json: bool) -> None:
             left_out.append(f"{run.name} is left out: {error}")
     if not checked:
         raise InputError(left_out[0])
-    lessons.keep(known, checked)
     if json:
         import orjson
 
         print(orjson.dumps(show.check_json(checked, left_out), option=orjson.OPT_INDENT_2).decode())
-        return
-    from peftprof.report.console import show as put
+    else:
+        from peftprof.report.console import show as put
 
-    put(show.render_check(checked, left_out))
+        put(show.render_check(checked, left_out, every))
+    lessons.keep(known, checked)  # after the table, which is worth having without it
 
 
 def say_compared(folder: Path) -> None:

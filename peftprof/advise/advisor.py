@@ -78,8 +78,8 @@ def choices(subject: Subject, wanted: Wanted) -> list[Choice]:
     return found
 
 
-def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> Advice:
-    """The answer for `memory_bytes`; `model` is what `train` knows the model by.
+def advise(subject: Subject, memory_bytes: int, wanted: Wanted) -> Advice:
+    """The answer for `memory_bytes`.
 
     Raises ConfigError for what cannot be chosen.
     """
@@ -107,9 +107,9 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted, model: str) -> A
         predictions=(*ranked, *rest),
         fitting=len(ranked),
         reason=_reason(ranked, wanted.objective) if ranked else "",
-        command=_command(ranked[0].choice, subject, model) if ranked else "",
+        command=_command(ranked[0].choice, subject) if ranked else "",
         instead=() if ranked else _instead(predictions, subject, memory_bytes),
-        basis=_basis(subject),
+        basis=_basis(subject, ranked[0] if ranked else None),
     )
 
 
@@ -176,7 +176,8 @@ def _reason(ranked: Sequence[Prediction], objective: str) -> str:
     return f"{what}; {ratio:.2f} times the memory of the best {other.choice.method}"
 
 
-def _command(choice: Choice, subject: Subject, model: str) -> str:
+def _command(choice: Choice, subject: Subject) -> str:
+    model = subject.shape.reference
     words = ["python", "-m", "peftprof", "train", "--method", choice.method, "--model", model]
     if choice.method != "full":
         words += ["--rank", str(choice.rank), "--kernels", choice.kernels]
@@ -222,7 +223,7 @@ def describe(choice: Choice) -> str:
     return ", ".join(parts + (["checkpointing"] if choice.checkpointing else []))
 
 
-def _basis(subject: Subject) -> tuple[str, ...]:
+def _basis(subject: Subject, first: Prediction | None) -> tuple[str, ...]:
     device = subject.device
     lines = [
         f"memory: a step of the {subject.shape.model_type} classifier traced without data, every "
@@ -233,13 +234,26 @@ def _basis(subject: Subject) -> tuple[str, ...]:
         lines.append(
             "GPU: allocator and context are assumed, and nothing of this was measured on a GPU"
         )
-    runs = len(subject.learnt.checked)
-    lines.append(
-        f"corrected by {runs} runs of this model on this device"
-        if runs
-        else "no run of this model on this device has been compared yet: the first `train` will be"
-    )
+    if subject.learnt.checked and first is not None:
+        factor, off, runs = subject.learnt.step(first.choice)
+        rest, processes = subject.learnt.process_bytes(first.choice)
+        if runs:
+            lines.append(
+                f"a step takes {factor:.2f} times its operators, within {100 * off:.0f} %: learnt "
+                f"from {_runs(runs)} of this model on this device"
+            )
+        if processes:
+            lines.append(
+                f"a process holds {rest / 2**20:.0f} MiB beside its tensors: learnt from "
+                f"{_runs(processes)}"
+            )
+    else:
+        lines.append("no run of this model on this device has been compared; `train` does so")
     return tuple(lines)
+
+
+def _runs(number: int) -> str:
+    return "1 run" if number == 1 else f"{number} runs"
 
 
 def calibration(name: str) -> Calibration:
@@ -290,7 +304,5 @@ def subject(
         tokens,
         padding,
         target_modules=target_modules,
-        lessons=lessons.read(known).of(
-            lessons.model_of(shape.name, shape.model_type, facts.parameters)
-        ),
+        lessons=lessons.read(known).of(lessons.model_of(shape.model_type, facts.parameters)),
     )

@@ -17,6 +17,8 @@ from peftprof.errors import FolderError, TraceError
 from peftprof.records import Computed, RunRecord, read_record
 from peftprof.run.folder import RunFolder, Step
 
+ENOUGH_STEPS = 3  # beside those of the warm-up
+
 
 @dataclass
 class Checker:
@@ -47,18 +49,22 @@ class Checker:
         usual = [step for step in steps if not step.warmup] or steps
         time = self._predict(record, config, choice, usual)
         same = self._is_device(record)
+        cuda = self.device.kind == "cuda"
+        beside = memory.terms["process"] if cuda else 0
         return CheckedRun(
             name=record.name,
             created=record.created,
             model=_model(record),
             choice=choice,
-            predicted_bytes=memory.peak_bytes,
+            predicted_bytes=memory.peak_bytes - beside,
             measured_bytes=_measured(record),
-            predicted_process_bytes=memory.terms["process"],
+            predicted_process_bytes=memory.terms["process"] - beside,
             predicted_s=time.step_s if same else None,
             operators_s=time.step_s / time.factor if same and time.step_s and time.factor else None,
-            measured_s=record.timed.step_p50_ms / 1e3 if record.timed else None,
+            measured_s=_step(record),
             parts=self._parts(folder, record, config, choice, steps) if self.with_parts else {},
+            predicted_tensor_bytes=memory.tensor_bytes,
+            allocated_bytes=record.memory.allocated_bytes,
         )
 
     def _is_device(self, record: RunRecord) -> bool:
@@ -82,7 +88,9 @@ class Checker:
         predictor = self._predictor(record, config)
         others = self.lessons.of(_model(record)).without(f"{record.created} {record.name}")
         predictor.subject = replace(predictor.subject, lessons=others)
-        most = Size(evaluated.examples, evaluated.tokens / evaluated.examples) if evaluated else None
+        most = None  # of runs that are older than what is recorded of evaluations
+        if evaluated is not None and evaluated.examples:
+            most = Size(evaluated.examples, evaluated.tokens / evaluated.examples)
         return predictor.predict(choice, Size(samples, tokens / samples), most)
 
     def _predictor(self, record: RunRecord, config: RunConfig) -> Predictor:
@@ -149,14 +157,21 @@ def choice_of(config: RunConfig) -> Choice:
 
 def _model(record: RunRecord) -> str:
     model = record.model
-    return model_of(model.name, model.family, model.parameters) if model else ""
+    return model_of(model.family, model.parameters) if model else ""
+
+
+def _step(record: RunRecord) -> float | None:
+    """The median step; None of fewer than ENOUGH_STEPS, which may all be disturbed ones."""
+    timed = record.timed
+    if timed is None or timed.steps - timed.warmup_steps < ENOUGH_STEPS:
+        return None
+    return timed.step_p50_ms / 1e3
 
 
 def _measured(record: RunRecord) -> int | None:
-    """The peak that `Prediction.peak_bytes` predicts: of the device, or of the process."""
+    """The allocator's own peak on a GPU, which no other process is in; else the process's."""
     assert record.memory is not None
-    memory = record.memory
-    return memory.nvml_bytes or memory.reserved_bytes or memory.rss_bytes
+    return record.memory.reserved_bytes or record.memory.rss_bytes
 
 
 def runs_below(paths: Iterable[Path]) -> list[Path]:
@@ -165,6 +180,7 @@ def runs_below(paths: Iterable[Path]) -> list[Path]:
     Raises FolderError where there is none.
     """
     found: list[Path] = []
+    other: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FolderError(f"there is no {path}; name a run folder or a folder of runs")
@@ -176,11 +192,15 @@ def runs_below(paths: Iterable[Path]) -> list[Path]:
                 *path.glob("*/*/*/run.json"),
             ]
         ):
-            if _complete(file):
-                found.append(file.parent)
+            (found if _complete(file) else other).append(file.parent)
+    if not found and other:
+        raise FolderError(
+            f"{other[0]} is damaged or not complete, and there is no other run to check against; "
+            "--resume it, or make one with `python -m peftprof train`"
+        )
     if not found:
         raise FolderError(
-            "there is no complete run to check against; make one with `python -m peftprof train`"
+            "there is no run to check against; make one with `python -m peftprof train`"
         )
     return found
 

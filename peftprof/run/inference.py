@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import gc
 import itertools
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from peftprof.run.serving.folder import InferenceFolder
 from peftprof.run.serving.served import Plan
 from peftprof.run.serving.settle import Asked, Settled, settle, tokens_of, with_adapter
 from peftprof.run.serving.tokens import Tokens
+from peftprof.run.source import quiet_libraries
 
 
 def infer(asked: Asked, command: Sequence[str], progress: Progress) -> tuple[InferenceRecord, Path]:
@@ -32,7 +32,7 @@ def infer(asked: Asked, command: Sequence[str], progress: Progress) -> tuple[Inf
 
     Raises the errors of `peftprof.errors`; then no folder is left.
     """
-    _quiet_libraries()
+    quiet_libraries()
     settled = settle(asked)
     now = datetime.datetime.now().astimezone()
     folder = InferenceFolder.check_free(asked.out or _own_name(settled, now))
@@ -221,16 +221,3 @@ def _said() -> Iterator[None]:
     except OUT_OF_MEMORY as error:
         why = out_of_memory(error)
         raise InferenceError(f"{why}; name fewer --variants, or a smaller model") from error
-
-
-def _quiet_libraries() -> None:
-    """Keep other packages' progress bars and notes out of ours."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("bitsandbytes", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)

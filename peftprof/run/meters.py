@@ -57,10 +57,12 @@ class PeakMemory:
         self._peak_is_ours = False
 
     def start(self) -> None:
-        """Forget earlier peaks."""
+        """Forget earlier peaks, and what loading a model has left in the heap of a CPU's run."""
         self._nvml_peak, self._absent = None, {}
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            give_back()
         try:
             # 5 resets VmHWM to the resident size of now (Linux, proc_pid_clear_refs(5)).
             (self._proc / "clear_refs").write_text("5")

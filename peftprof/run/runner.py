@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import gc
-import logging
 import os
 import statistics
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from peftprof.run.batches import Batches
 from peftprof.run.folder import RunFolder, Step
 from peftprof.run.loop import EVALUATED, TimedLoop, Trainee, make_trainee
 from peftprof.run.meters import percentiles
-from peftprof.run.source import Source, load_tokenizer, locate, one_line
+from peftprof.run.source import Source, load_tokenizer, locate, one_line, quiet_libraries
 from peftprof.run.tables import Examples
 from peftprof.watcher import Watcher
 
@@ -116,7 +115,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Find and tokenise everything `config` names; see the errors of `model` and `data`."""
-    _quiet_libraries()
+    quiet_libraries()
     source = locate(config.model)
     family = models.family_of(source, config)
     config = dataclasses.replace(config, padding=_padding(source, config, family))
@@ -353,16 +352,3 @@ def summarise(steps: list[Step]) -> Timed | None:
         first_loss=steps[0].loss,
         last_loss=steps[-1].loss,
     )
-
-
-def _quiet_libraries() -> None:
-    """Keep other packages' progress bars and notes out of ours; their errors stay errors."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("bitsandbytes", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,3 +179,21 @@ def hub_says(error: BaseException) -> str:
 
     offline = isinstance(error, LocalEntryNotFoundError)
     return "no network, and no copy in the cache" if offline else one_line(error)
+
+
+def quiet_libraries() -> None:
+    """Keep other packages' progress bars and notes out of ours; their errors stay errors."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error, we raise
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    quiet_hub()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quiet_hub() -> None:
+    """Keep a hub's warnings, a line for each attempt, out of our one line."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from peftprof.advice import TERMS, CheckedRun, Choice
 from peftprof.advise import advisor, blueprint, lessons, shapes
 from peftprof.advise.advisor import Wanted
 from peftprof.advise.lessons import Lessons
-from peftprof.advise.predict import Subject
+from peftprof.advise.predict import Predictor, Size, Subject
 from peftprof.errors import ConfigError
 from peftprof.report import advice as show
 from peftprof.report.console import plain
@@ -33,7 +33,7 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answer(subject):
-    return advisor.advise(subject, 24 * GIB, Wanted(), "./llama")
+    return advisor.advise(subject, 24 * GIB, Wanted())
 
 
 def test_every_choice_is_there_once(answer):
@@ -74,7 +74,7 @@ def test_checkpointing_takes_less_memory_and_more_time(answer):
 @pytest.mark.parametrize("objective", ["memory", "accuracy"])
 def test_other_objectives(subject, objective):
     wanted = Wanted(objective=objective, precisions=("bf16",), kernels=("bnb",))
-    found = advisor.advise(subject, 24 * GIB, wanted, "x")
+    found = advisor.advise(subject, 24 * GIB, wanted)
     first = found.predictions[0]
     if objective == "memory":
         assert first.peak_bytes == min(
@@ -86,7 +86,7 @@ def test_other_objectives(subject, objective):
 
 def test_when_nothing_fits_it_says_what_would_and_by_how_much(subject):
     wanted = Wanted(methods=("full",), batch_sizes=(64,), checkpointing=(False,))
-    found = advisor.advise(subject, 100 << 20, wanted, "x")
+    found = advisor.advise(subject, 100 << 20, wanted)
     assert not found.fitting
     assert not found.command
     least = min(p.high_bytes for p in found.predictions)
@@ -145,6 +145,29 @@ def test_runs_correct_predictions_of_their_own_kind(subject):
     assert many.step(other)[0] == 2.2  # of all, for want of its own
     assert many.process_bytes(other)[1] == 0
     assert many.without("2026 0").step(choice)[2] == 4
+
+
+def test_runs_that_corrected_are_said_with_what_they_taught(subject):
+    choice = Choice("qlora", 8, 1, "bf16", False, "triton")
+    run = dataclasses.replace(compared("a", 1.5, 0), choice=choice)
+    taught = dataclasses.replace(subject, lessons=Lessons(subject.device, (run,)))
+    wanted = Wanted(("qlora",), (8,), (1,), ("bf16",), (False,), ("triton",))
+    (said,) = (t for t in advisor.advise(taught, 24 * GIB, wanted).basis if "learnt" in t)
+    assert "1.50 times" in said
+    assert "1 run of" in said
+
+
+def test_evaluation_may_be_the_peak(subject):
+    """Where little is kept for backward, twice the batch is more, and its term is in the peak."""
+    one = Predictor(dataclasses.replace(subject, device=devices.find("raspberry pi 5 8gb")))
+    choice = Choice("qlora", 8, 16, "fp32", True, "torch")
+    here, asked = Size(16, 64), Size(32, 64)
+    without, beside = one.predict(choice, here), one.predict(choice, here, asked)
+    assert (without.moment, beside.moment) == ("backward", "evaluation")
+    assert beside.peak_bytes > without.peak_bytes
+    assert beside.terms["gradients"] == beside.terms["activations"] == 0
+    assert one.predict(choice, here, Size(1, 64)) == without
+    assert one.predict(Choice("full", 8, 1, "fp32", False, "torch")).moment == "optimizer"
 
 
 def test_what_was_learnt_is_kept_and_a_damaged_line_is_passed_over(tmp_path, monkeypatch):

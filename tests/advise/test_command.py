@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from peftprof.advise import advisor, shapes
 from peftprof.cli import app
 from peftprof.cli_advise import memory_of
 from peftprof.errors import ConfigError, PeftprofError
@@ -116,7 +117,23 @@ def test_a_device_that_nobody_calibrated(tmp_path, monkeypatch):
 
 def test_no_run_to_check_against(tmp_path, monkeypatch):
     stand_in(monkeypatch)
-    assert "no complete run" in refused("--check", str(tmp_path))
+    assert "no run to check against" in refused("--check", str(tmp_path))
+    for text in ('{"state": "running"}', "{", "[]"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "run.json").write_text(text)
+        assert "mine is damaged or not complete" in refused("--check", str(tmp_path))
+
+
+def test_a_picture_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(advisor, "subject", lambda *_: pytest.fail("asked"))
+    words = ["--model", "bert-base-uncased", "--device", "t4"]
+    assert "--svg" in refused(*words, "--svg", str(tmp_path / "absent" / "front.svg"))
+
+
+def test_a_shape_that_comes_with_peftprof_is_trained_by_its_name_on_the_hub():
+    result = advise("--model", "qwen2.5-0.5b", "--device", "t4", "--precision", "fp16", *FAST[:4])
+    assert "--model Qwen/Qwen2.5-0.5B" in result.output
+    assert all(values["hub"].count("/") == 1 for values in shapes.known().values())
 
 
 def stand_in(monkeypatch):
@@ -134,6 +151,7 @@ def test_a_run_is_predicted_compared_and_learnt_from(small_run, quiet, tmp_path,
     runner.train(config, tmp_path / "run", ["train"], quiet)
     result = advise("--check", str(tmp_path), "--json")
     assert result.exit_code == 0, result.output
+    assert "optimizer state" in advise("--check", str(tmp_path), "--all").output
     (row,) = json.loads(result.output)["runs"]
     assert row["choice"]["checkpointing"] is True
     assert row["predicted_bytes"] > row["predicted_process_bytes"] > 0
@@ -148,6 +166,12 @@ def test_a_run_is_predicted_compared_and_learnt_from(small_run, quiet, tmp_path,
     say_compared(tmp_path / "run")
     made = json.loads((tmp_path / "run" / "prediction.json").read_text())
     assert made["name"] == "run"
+    # A cache that cannot be written: the table is shown all the same.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PEFTPROF_CACHE", str(tmp_path / "file"))
+    result = advise("--check", str(tmp_path))
+    assert isinstance(result.exception, PeftprofError)
+    assert "memory: 1 run" in result.output
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,12 @@ def test_evaluation_sees_every_example_once(tokenizer):
         batches = Batches(examples, tokenizer, NAMES, 16, 4, 0, padding)
         parts = [part for _, batch in batches.in_order(5) for part in batch.parts]
         assert sorted(int(label) for part in parts for label in part.labels) == list(range(23))
+        most = max(part.inputs["input_ids"].numel() for part in parts)
+        found = batches.largest(5)
+        assert found.tokens == most
+        assert any(
+            (len(p.labels), p.inputs["input_ids"].numel()) == (found.examples, most) for p in parts
+        )
 
 
 def test_seeds_and_epochs_give_different_orders(tokenizer):
