@@ -6,7 +6,8 @@ Each run is `peftprof train --profiler none` in a process of its own; models tha
 away here have the shapes of the real ones and random weights, which take the same memory and
 time. Runs come in an order that puts no method first, on a machine that should do nothing else;
 runs that are there already are not made again. Predictions are as they would be on a device
-where no run was ever compared, and then with what all the other runs teach. Prints Markdown.
+where no run was ever compared, and then with what all the other runs teach. The last ways are those
+of the first with other batches and lengths. Prints Markdown.
 """
 
 import argparse
@@ -31,6 +32,13 @@ WAYS: tuple[tuple[str, str, int, int, int, str, tuple[str, ...]], ...] = (
     ("lora", "torch", 64, 48, 128, "bf16", ("--checkpointing",)),
     ("full", "torch", 8, 24, 64, "bf16", ()),
 )
+# Ways as above with other batches and lengths: no constant is fitted on them, and what the runs
+# above teach is for them.
+OTHERS: tuple[tuple[str, str, int, int, int, str, tuple[str, ...]], ...] = (
+    ("lora", "torch", 8, 40, 128, "bf16", ()),
+    ("full", "torch", 8, 20, 48, "fp32", ()),
+    ("qlora", "torch", 8, 12, 128, "bf16", ()),
+)
 
 
 def main() -> int:
@@ -41,7 +49,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS))
     options = parser.parse_args()
     made = []
-    for way, model in itertools.product(WAYS, options.models.split(",")):
+    for way, model in itertools.product((*WAYS, *OTHERS), options.models.split(",")):
         run = options.out / name(model, way)
         if not (run / "run.json").exists():
             train(folder_of(model, options.out), run, way, options.steps)
@@ -111,7 +119,12 @@ def table(first: list[CheckedRun], then: list[CheckedRun]) -> str:
             f"{percent(b.memory_error)} | {1e3 * a.measured_s:.0f} | {percent(a.time_error)} | "
             f"{percent(b.time_error)} |"
         )
-    for what, runs in (("first", first), ("taught", then)):
+    fitted = len(first) * len(WAYS) // (len(WAYS) + len(OTHERS))
+    for what, runs in (
+        ("first, the ways that constants were fitted on", first[:fitted]),
+        ("first, the others", first[fitted:]),
+        ("taught, the others", then[fitted:]),
+    ):
         memory = [e for run in runs if (e := run.memory_error) is not None]
         time = [e for run in runs if (e := run.time_error) is not None]
         lines += ["", f"{what}: memory {in_all(memory)}; time {in_all(time)}"]

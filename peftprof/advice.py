@@ -38,6 +38,7 @@ class Prediction:
     `terms` are bytes at the peak by TERMS and add up to `peak_bytes`; `low_bytes` and
     `high_bytes` are within what it is expected, `moment` is when, one of MOMENTS. Seconds are
     of forward, backward and optimizer; None where the device's speed is not known.
+    `loading_bytes` is what a CPU's process has resident while the model is loaded.
     """
 
     choice: Choice
@@ -52,11 +53,17 @@ class Prediction:
     low_s: float | None = None
     high_s: float | None = None
     factor: float | None = None  # on the seconds of the operators alone, in all of these
+    loading_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:
         """What PyTorch's tensors take at the peak."""
         return sum(self.terms[term] for term in TENSORS)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must be there for the run to be safe."""
+        return max(self.high_bytes, self.loading_bytes)
 
     @property
     def step_s(self) -> float | None:
@@ -117,6 +124,8 @@ class CheckedRun:
     measured_s: float | None
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)  # predicted, measured
     predicted_tensor_bytes: int | None = None
+    predicted_loading_bytes: int | None = None
+    loading_bytes: int | None = None
     allocated_bytes: int | None = None
 
     @property

@@ -61,7 +61,9 @@ class Trainable:
 class Memory:
     """Peaks of the timed pass in bytes; None with its reason in `absent` when not measurable.
 
-    Of a run over several processes each is the largest that one of them had.
+    `loading_bytes` is the most that the host's process had resident before the pass, files
+    that are read through memory included. Of a run over several processes each is the largest
+    that one of them had.
     """
 
     allocated_bytes: int | None
@@ -69,6 +71,7 @@ class Memory:
     nvml_bytes: int | None
     rss_bytes: int | None
     absent: dict[str, str] = field(default_factory=dict)
+    loading_bytes: int | None = None
 
 
 @dataclass(frozen=True)

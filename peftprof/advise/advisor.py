@@ -89,10 +89,10 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted) -> Advice:
         )
     every = choices(subject, wanted)
     predictions = _predict(subject, every)
-    fits = [p for p in predictions if p.high_bytes <= memory_bytes]
+    fits = [p for p in predictions if p.needed_bytes <= memory_bytes]
     order = _order(wanted)
     ranked = sorted(fits, key=order)
-    rest = sorted((p for p in predictions if p.high_bytes > memory_bytes), key=_need)
+    rest = sorted((p for p in predictions if p.needed_bytes > memory_bytes), key=_need)
     return Advice(
         version=VERSION,
         model=subject.shape.name,
@@ -135,7 +135,7 @@ def _of_one_way(subject: Subject, choices: Sequence[Choice]) -> list[Prediction]
 
 
 def _need(prediction: Prediction) -> int:
-    return prediction.high_bytes
+    return prediction.needed_bytes
 
 
 def _order(wanted: Wanted) -> Callable[[Prediction], Any]:
@@ -194,13 +194,13 @@ def _instead(
 ) -> tuple[str, ...]:
     """What would fit: the smallest of all, by how much it misses, and a card that holds it."""
     least = min(predictions, key=_need)
-    misses = least.high_bytes - memory_bytes
+    misses = least.needed_bytes - memory_bytes
     lines = [
-        f"the least of all choices, {describe(least.choice)}, takes up to {least.high_bytes:,} "
+        f"the least of all choices, {describe(least.choice)}, takes up to {least.needed_bytes:,} "
         f"bytes and misses by {misses:,}"
     ]
     bigger = sorted(
-        (d for d in devices.shipped() if d.kind == "cuda" and d.memory_bytes >= least.high_bytes),
+        (d for d in devices.shipped() if d.kind == "cuda" and d.memory_bytes >= least.needed_bytes),
         key=lambda d: d.memory_bytes,
     )
     if bigger:

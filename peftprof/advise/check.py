@@ -64,7 +64,9 @@ class Checker:
             measured_s=_step(record),
             parts=self._parts(folder, record, config, choice, steps) if self.with_parts else {},
             predicted_tensor_bytes=memory.tensor_bytes,
+            predicted_loading_bytes=memory.loading_bytes or None,
             allocated_bytes=record.memory.allocated_bytes,
+            loading_bytes=record.memory.loading_bytes,
         )
 
     def _is_device(self, record: RunRecord) -> bool:

@@ -24,7 +24,7 @@ KEPT = 200  # comparisons of a device; the oldest go first
 # libraries write for new shapes. And a process is more than its imports: docs/advice.md.
 STEP_FACTOR = {"cpu": 1.4, "cuda": 1.0}
 STEP_INTERVAL = {"cpu": 0.5, "cuda": 0.5}
-MORE = {"full": 150 << 20, "lora": 205 << 20, "qlora": 205 << 20}
+MORE = 170 << 20
 LEAST_INTERVAL = 0.15
 # A step that took longer than this, against its operators, was of a machine at other work.
 LARGEST_FACTOR = 3.0
@@ -51,14 +51,13 @@ class Lessons:
     def step(self, choice: Choice) -> tuple[float, float, int]:
         """Factor on a step's seconds, relative error to expect, and how many runs say so.
 
-        By the runs that are most alike: of the same method, kernels and precision, else of
-        the same method, else all.
+        By the runs that compute alike; those of other methods or precisions taught it wrong.
         """
-        for alike in self._alike(choice):
-            factors = [f for run in alike if (f := run.factor) is not None and f <= LARGEST_FACTOR]
-            if factors:
-                middle = statistics.median(factors)
-                return middle, _spread([f / middle for f in factors]), len(factors)
+        factors = [run.factor for run in self._alike(choice)]
+        known = [f for f in factors if f is not None and f <= LARGEST_FACTOR]
+        if known:
+            middle = statistics.median(known)
+            return middle, _spread([f / middle for f in known]), len(known)
         kind = self.device.kind
         return STEP_FACTOR[kind], STEP_INTERVAL[kind], 0
 
@@ -66,20 +65,19 @@ class Lessons:
         """What a process holds beside its tensors, and how many runs say so."""
         if self.device.kind == "cuda":
             return self.device.context_bytes, 0
-        for alike in self._alike(choice)[:-1]:
-            rest = [run.rest_bytes for run in alike if run.rest_bytes is not None]
-            if rest:
-                return round(statistics.median(rest)), len(rest)
-        return self.device.process_bytes + MORE[choice.method], 0
+        rest = [run.rest_bytes for run in self._alike(choice) if run.rest_bytes is not None]
+        if rest:
+            return round(statistics.median(rest)), len(rest)
+        return self.device.process_bytes + MORE, 0
 
-    def _alike(self, choice: Choice) -> list[list[CheckedRun]]:
-        same = [run for run in self.checked if run.choice.method == choice.method]
-        close = [
+    def _alike(self, choice: Choice) -> list[CheckedRun]:
+        """Runs of the same way to compute, whatever their batch and rank."""
+        way = dataclasses.replace(choice, rank=1, batch_size=1)
+        return [
             run
-            for run in same
-            if (run.choice.kernels, run.choice.precision) == (choice.kernels, choice.precision)
+            for run in self.checked
+            if dataclasses.replace(run.choice, rank=1, batch_size=1) == way
         ]
-        return [close, same, list(self.checked)]
 
 
 def model_of(family: str, parameters: int) -> str:

@@ -16,10 +16,11 @@ from peftprof.run.loop import EVALUATED
 
 # A tensor of AdamW's two moments beside every trained one, both fp32.
 STATES = 2
-# What the allocator holds beside the blocks in use, as a share of what comes and goes in a
-# step. On a CPU measured (docs/advice.md): padded batches are of ever other lengths, and leave
-# holes that no later block fits into. On a GPU an assumption, until it has been measured.
-SLACK = {"cpu": {"packed": 0.10, "split": 0.25, "pad": 0.30}, "cuda": {}}
+# What the allocator holds beside the blocks in use. On a CPU glibc's heap keeps holes, between
+# blocks of ever other lengths: a share of all that comes and goes but for gradients, which come
+# once; and what was fp32 while the model was loaded, of which a share is touched again later.
+# Both measured, by the runs of docs/advice.md. On a GPU a share that is assumed.
+HOLES, LOADED = 0.48, 0.33
 CUDA_SLACK = 0.08
 SEGMENT = 2 << 20  # bytes that PyTorch's allocator asks a GPU for, at least
 # Expected within these shares of the prediction; docs/advice.md has the errors.
@@ -102,6 +103,7 @@ class Predictor:
             round(peak * (1 + MEMORY_INTERVAL)),
             moment,
             *seconds,
+            loading_bytes=self._while_loading(),
         )
 
     @staticmethod
@@ -155,12 +157,28 @@ class Predictor:
             terms["allocator"] = round(CUDA_SLACK * peak.total) + SEGMENT
             terms["process"] = device.context_bytes
         else:
-            terms["allocator"] = round(SLACK["cpu"][self.subject.padding] * peak.total)
+            moving = peak.total - terms["gradients"]
+            terms["allocator"] = round(HOLES * moving + LOADED * self._loaded(choice))
             terms["process"] = self.subject.learnt.process_bytes(choice)[0]
         return terms, moment
 
+    def _while_loading(self) -> int:
+        """Of a CPU's process: the file that is read through memory, and fp32 weights made of it.
+
+        They are rounded or quantised only once all are there.
+        """
+        subject, device = self.subject, self.subject.device
+        if device.kind == "cuda":
+            return 0
+        return device.process_bytes + (subject.shape.stored_bytes + 4) * subject.facts.parameters
+
+    def _loaded(self, choice: Choice) -> int:
+        """Bytes of fp32 weights that are loaded, and then held in another form."""
+        rounded = choice.method == "lora" and choice.precision != "fp32"
+        return 4 * self.subject.facts.parameters if rounded or choice.method == "qlora" else 0
+
     def _seconds(self, one: Profile, choice: Choice, trained: Size) -> tuple[float | None, ...]:
-        device, subject = self.subject.device, self.subject
+        subject, device = self.subject, self.subject.device
         if choice.precision not in device.dtypes:
             return (None,) * 6
         held = one.holds(choice.rank)

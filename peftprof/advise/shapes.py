@@ -55,6 +55,12 @@ class Shape:
         """How many layers the whole model has."""
         return int(self.values[_needed(self.model_type)[_LAYERS]])
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a parameter in its makers' file, by what the configuration says."""
+        kind = str(self.values.get("dtype") or self.values.get("torch_dtype") or "float32")
+        return 2 if kind in ("float16", "bfloat16") else 4
+
     @cached_property
     def config(self) -> Any:
         """As transformers reads it, which takes seconds to import.

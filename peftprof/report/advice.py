@@ -71,7 +71,7 @@ def _choices(advice: Advice, every: bool) -> Table:
     for prediction in rows:
         c = prediction.choice
         full = c.method == "full"
-        fits = prediction.high_bytes <= advice.memory_bytes
+        fits = prediction.needed_bytes <= advice.memory_bytes
         shown.add_row(
             c.method,
             "" if full else c.kernels,
@@ -116,6 +116,9 @@ def _terms(prediction: Prediction) -> Table:
         f"{size(prediction.low_bytes)} to {size(prediction.high_bytes)}",
         style="bold",
     )
+    if prediction.loading_bytes > prediction.low_bytes:
+        loading = prediction.loading_bytes
+        shown.add_row("while it is loaded", count(loading), size(loading), style="bold")
     if prediction.step_s is not None:
         shown.add_row(
             "a step",
@@ -137,7 +140,7 @@ def to_json(advice: Advice) -> dict[str, Any]:
     for made, prediction in zip(found["predictions"], advice.predictions, strict=True):
         made["step_s"] = prediction.step_s
         made["samples_per_s"] = prediction.samples_per_s
-        made["fits"] = prediction.high_bytes <= advice.memory_bytes
+        made["fits"] = prediction.needed_bytes <= advice.memory_bytes
     return found
 
 

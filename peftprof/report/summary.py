@@ -108,6 +108,8 @@ def _memory(memory: Memory) -> list[tuple[str, str]]:
         rows.append(
             ("", f"{', '.join(missing)} absent: {'; '.join(sorted(set(reasons.values())))}")
         )
+    if memory.loading_bytes and memory.loading_bytes > (memory.rss_bytes or 0):
+        rows.append(("", f"host RSS was {mib(memory.loading_bytes)} while the model was loaded"))
     if reset:
         rows.append(("", reset))
     return rows

@@ -165,10 +165,9 @@ class Batches:
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, by length, so that evaluation pads little.
 
-        Longest first: what follows fits into the memory that a batch leaves. Shortest first, no
-        block fits into an earlier one's place, and a process grew by eight times what it held
-        at once. With each batch go the numbers of its examples, in the order of its parts' labels. Of
-        several processes each gets its share of every batch.
+        Longest first: what follows fits into the memory that a batch leaves. With each batch
+        go the numbers of its examples, in the order of its parts' labels. Of several processes
+        each gets its share of every batch.
         """
         order = self._by_length()
         for start in range(0, len(order), batch_size):

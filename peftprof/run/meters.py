@@ -55,10 +55,12 @@ class PeakMemory:
         self._nvml_peak: int | None = None
         self._absent: dict[str, str] = {}
         self._peak_is_ours = False
+        self._loading: int | None = None
 
     def start(self) -> None:
         """Forget earlier peaks, and what loading a model has left in the heap of a CPU's run."""
         self._nvml_peak, self._absent = None, {}
+        self._loading = _status_bytes(self._proc, "VmHWM")
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
@@ -103,7 +105,8 @@ class PeakMemory:
             absent["allocated_bytes"] = absent["reserved_bytes"] = _not_cuda(self._device)
         if self._nvml_peak is not None:
             absent.pop("nvml_bytes", None)
-        return Memory(allocated, reserved, self._nvml_peak, self._host_peak(), absent)
+        host = self._host_peak()
+        return Memory(allocated, reserved, self._nvml_peak, host, absent, self._loading)
 
     def _host_peak(self) -> int:
         peak = _status_bytes(self._proc, "VmHWM") if self._peak_is_ours else None
@@ -231,6 +234,7 @@ def together(before: Memory | None, after: Memory) -> Memory:
             ("reserved_bytes", before.reserved_bytes, after.reserved_bytes),
             ("nvml_bytes", before.nvml_bytes, after.nvml_bytes),
             ("rss_bytes", before.rss_bytes, after.rss_bytes),
+            ("loading_bytes", before.loading_bytes, after.loading_bytes),
         )
     }
     return Memory(**sizes, absent=before.absent | after.absent)

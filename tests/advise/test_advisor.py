@@ -57,8 +57,8 @@ def test_the_fastest_that_fits_is_first_and_the_rest_is_ordered(answer):
     fits = answer.predictions[: answer.fitting]
     usual = [p for p in fits if p.choice.method == "full" or p.choice.rank == 8]
     assert fits[0].samples_per_s == max(p.samples_per_s for p in usual)
-    assert all(p.high_bytes <= answer.memory_bytes for p in fits)
-    assert all(p.high_bytes > answer.memory_bytes for p in answer.predictions[answer.fitting :])
+    assert all(p.needed_bytes <= answer.memory_bytes for p in fits)
+    assert all(p.needed_bytes > answer.memory_bytes for p in answer.predictions[answer.fitting :])
 
 
 def test_checkpointing_takes_less_memory_and_more_time(answer):
@@ -89,7 +89,7 @@ def test_when_nothing_fits_it_says_what_would_and_by_how_much(subject):
     found = advisor.advise(subject, 100 << 20, wanted)
     assert not found.fitting
     assert not found.command
-    least = min(p.high_bytes for p in found.predictions)
+    least = min(p.needed_bytes for p in found.predictions)
     said = " ".join(found.instead)
     assert f"misses by {least - (100 << 20):,}" in said
     for remedy in ("smaller --batch-size", "--checkpointing", "--method qlora", "fits a"):
@@ -142,8 +142,8 @@ def test_runs_correct_predictions_of_their_own_kind(subject):
     assert off >= lessons.LEAST_INTERVAL
     assert many.process_bytes(choice)[0] == 102
     other = Choice("full", 8, 16, "fp32", False, "torch")
-    assert many.step(other)[0] == 2.2  # of all, for want of its own
-    assert many.process_bytes(other)[1] == 0
+    assert many.step(other)[2] == many.process_bytes(other)[1] == 0  # another way of computing
+    assert many.step(dataclasses.replace(choice, rank=4, batch_size=1))[0] == 2.2
     assert many.without("2026 0").step(choice)[2] == 4
 
 
