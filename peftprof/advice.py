@@ -47,13 +47,13 @@ class Prediction:
     low_bytes: int
     high_bytes: int
     moment: str
+    loading_bytes: int = 0
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None
     low_s: float | None = None
     high_s: float | None = None
     factor: float | None = None  # on the seconds of the operators alone, in all of these
-    loading_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:

@@ -102,8 +102,8 @@ class Predictor:
             round(peak * (1 - MEMORY_INTERVAL)),
             round(peak * (1 + MEMORY_INTERVAL)),
             moment,
+            self._while_loading(),
             *seconds,
-            loading_bytes=self._while_loading(),
         )
 
     @staticmethod

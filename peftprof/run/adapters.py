@@ -80,7 +80,7 @@ def check_targets(model: torch.nn.Module, name: str, family: Family, rank: int =
     """
     # The head is trained whole, so it is nothing to adapt.
     base = {n: m for n, m in model.named_modules() if n.split(".")[0] not in family.head}
-    largest = {}
+    largest: dict[str, int] = {}
     for target in family.targets:
         named = [m for n, m in base.items() if n == target or n.endswith("." + target)]
         if not named:
@@ -91,13 +91,13 @@ def check_targets(model: torch.nn.Module, name: str, family: Family, rank: int =
             )
         if not all(map(_is_linear, named)):
             raise ConfigError(f"--target-modules {target} of {name!r} is no linear layer")
-        sides = [min(m.in_features, m.out_features) for m in named]  # type: ignore[type-var]
-        largest[target] = min(sides)
+        linears: Sequence[Any] = named
+        largest[target] = min(min(m.in_features, m.out_features) for m in linears)
         if rank > largest[target]:
             raise ConfigError(
                 f"--rank {rank} is more than {largest[target]}, the smaller side of {target!r}"
             )
-    return min(largest.values())  # type: ignore[return-value]
+    return min(largest.values())
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
