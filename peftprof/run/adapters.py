@@ -91,7 +91,7 @@ def check_targets(model: torch.nn.Module, name: str, family: Family, rank: int =
             )
         if not all(map(_is_linear, named)):
             raise ConfigError(f"--target-modules {target} of {name!r} is no linear layer")
-        linears: Sequence[Any] = named
+        linears: list[Any] = named
         largest[target] = min(min(m.in_features, m.out_features) for m in linears)
         if rank > largest[target]:
             raise ConfigError(
