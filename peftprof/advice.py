@@ -13,9 +13,9 @@ from peftprof.breakdowns import MEMORY_PARTS
 # attribution, and what the process or the device holds beside PyTorch's tensors.
 TERMS: Final = (*MEMORY_PARTS, "allocator", "process")
 TENSORS: Final = MEMORY_PARTS
-# When a run's peak may be: where forward and backward have the most, where the optimizer steps
-# over all gradients, or where batches twice as large are evaluated.
-MOMENTS: Final = ("backward", "optimizer", "evaluation")
+# When a run's peak may be: where forward and backward have the most, the optimizer's step with all
+# gradients included, or where batches twice as large are evaluated.
+MOMENTS: Final = ("backward", "evaluation")
 OBJECTIVES: Final = ("throughput", "memory", "accuracy")
 
 

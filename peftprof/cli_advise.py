@@ -14,6 +14,7 @@ from peftprof.advice import OBJECTIVES
 from peftprof.config import METHODS, PADDINGS
 from peftprof.errors import ConfigError, InputError, PeftprofError
 
+PROCESSES = 1  # more in a process of its own, which `__main__` says
 UNITS = {
     "": 1,
     "b": 1,
@@ -92,7 +93,8 @@ def advise(
         subject = advisor.subject(
             model, device, tokens, padding, _names(target_modules, "--target-modules", None)
         )
-        made = advisor.advise(subject, limit or subject.device.memory_bytes, wanted)
+        memory_bytes = limit or subject.device.memory_bytes
+        made = advisor.advise(subject, memory_bytes, wanted, PROCESSES)
         if svg is not None:
             _write(svg, made)
         if json:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import multiprocessing
-import os
 import re
 import shlex
 import sys
@@ -78,17 +77,18 @@ def choices(subject: Subject, wanted: Wanted) -> list[Choice]:
     return found
 
 
-def advise(subject: Subject, memory_bytes: int, wanted: Wanted) -> Advice:
-    """The answer for `memory_bytes`.
+def advise(subject: Subject, memory_bytes: int, wanted: Wanted, processes: int = 1) -> Advice:
+    """The answer for `memory_bytes`, worked out in so many processes.
 
-    Raises ConfigError for what cannot be chosen.
+    They are forked: ask for several only where no thread of this one has computed anything, or
+    they may wait for ever for what it held. Raises ConfigError for what cannot be chosen.
     """
     if wanted.objective not in OBJECTIVES:
         raise ConfigError(
             f"unknown --objective {wanted.objective!r}; it is one of {', '.join(OBJECTIVES)}"
         )
     every = choices(subject, wanted)
-    predictions = _predict(subject, every)
+    predictions = _predict(subject, every, processes)
     fits = [p for p in predictions if p.needed_bytes <= memory_bytes]
     order = _order(wanted)
     ranked = sorted(fits, key=order)
@@ -113,17 +113,17 @@ def advise(subject: Subject, memory_bytes: int, wanted: Wanted) -> Advice:
     )
 
 
-def _predict(subject: Subject, every: Sequence[Choice]) -> list[Prediction]:
-    """All predictions, those that need one trace together, on every processor there is."""
+def _predict(subject: Subject, every: Sequence[Choice], processes: int) -> list[Prediction]:
+    """All predictions, those that need one trace together."""
     ways: dict[Choice, list[Choice]] = {}
     for choice in every:
         ways.setdefault(Predictor.way(choice), []).append(choice)
     new = sum(not kept.has(subject.shape, subject.config(way)) for way in ways)
-    workers = min(len(os.sched_getaffinity(0)), new) if sys.platform == "linux" else 1
+    workers = min(processes, new) if sys.platform == "linux" else 1
     if workers <= 1:
         return [p for choices in ways.values() for p in _of_one_way(subject, choices)]
     _ = subject.shape.inputs  # what tracing needs is imported once, before the fork
-    # Forked, so that nothing is imported anew; no thread has computed anything yet.
+    # Forked, so that nothing is imported anew.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         found = pool.map(functools.partial(_of_one_way, subject), ways.values())
         return [p for predictions in found for p in predictions]

@@ -24,7 +24,7 @@ KEPT = 200  # comparisons of a device; the oldest go first
 # libraries write for new shapes. And a process is more than its imports: docs/advice.md.
 STEP_FACTOR = {"cpu": 1.4, "cuda": 1.0}
 STEP_INTERVAL = {"cpu": 0.5, "cuda": 0.5}
-MORE = 170 << 20
+MORE = 160 << 20
 LEAST_INTERVAL = 0.15
 # A step that took longer than this, against its operators, was of a machine at other work.
 LARGEST_FACTOR = 3.0
@@ -51,24 +51,23 @@ class Lessons:
     def step(self, choice: Choice) -> tuple[float, float, int]:
         """Factor on a step's seconds, relative error to expect, and how many runs say so.
 
-        By the runs that compute alike; those of other methods or precisions taught it wrong.
+        By the runs that compute alike, among which what is known without any counts as one:
+        a single run teaches half of what it says.
         """
+        kind = self.device.kind
         factors = [run.factor for run in self._alike(choice)]
         known = [f for f in factors if f is not None and f <= LARGEST_FACTOR]
-        if known:
-            middle = statistics.median(known)
-            return middle, _spread([f / middle for f in known]), len(known)
-        kind = self.device.kind
-        return STEP_FACTOR[kind], STEP_INTERVAL[kind], 0
+        if not known:
+            return STEP_FACTOR[kind], STEP_INTERVAL[kind], 0
+        middle = math.exp(_beside(math.log(STEP_FACTOR[kind]), [math.log(f) for f in known]))
+        return middle, _spread([f / middle for f in known]), len(known)
 
     def process_bytes(self, choice: Choice) -> tuple[int, int]:
-        """What a process holds beside its tensors, and how many runs say so."""
+        """What a process holds beside its tensors, and how many runs say so; as `step`."""
         if self.device.kind == "cuda":
             return self.device.context_bytes, 0
         rest = [run.rest_bytes for run in self._alike(choice) if run.rest_bytes is not None]
-        if rest:
-            return round(statistics.median(rest)), len(rest)
-        return self.device.process_bytes + MORE, 0
+        return round(_beside(self.device.process_bytes + MORE, rest)), len(rest)
 
     def _alike(self, choice: Choice) -> list[CheckedRun]:
         """Runs of the same way to compute, whatever their batch and rank."""
@@ -83,6 +82,13 @@ class Lessons:
 def model_of(family: str, parameters: int) -> str:
     """What tells a model's shape from others, wherever it is kept."""
     return f"{family} {parameters}"
+
+
+def _beside(known: float, learnt: Sequence[float]) -> float:
+    """The median of what was learnt, and what was known before as one more."""
+    if not learnt:
+        return known
+    return (known + len(learnt) * statistics.median(learnt)) / (1 + len(learnt))
 
 
 def _spread(ratios: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from peftprof.advice import Choice, Prediction
 from peftprof.advise import kept
 from peftprof.advise.blueprint import Facts
 from peftprof.advise.lessons import Lessons
-from peftprof.advise.profile import Peak, Profile
+from peftprof.advise.profile import Profile
 from peftprof.advise.shapes import Shape
 from peftprof.calibrations import Calibration
 from peftprof.config import RunConfig
@@ -16,15 +16,14 @@ from peftprof.run.loop import EVALUATED
 
 # A tensor of AdamW's two moments beside every trained one, both fp32.
 STATES = 2
-# What the allocator holds beside the blocks in use. On a CPU glibc's heap keeps holes, between
-# blocks of ever other lengths: a share of all that comes and goes but for gradients, which come
-# once; and what was fp32 while the model was loaded, of which a share is touched again later.
-# Both measured, by the runs of docs/advice.md. On a GPU a share that is assumed.
-HOLES, LOADED = 0.48, 0.33
-CUDA_SLACK = 0.08
+# What the allocator holds beside the blocks in use, as a share of those that come and go. On a
+# CPU the holes in glibc's heap: gradients, which come once, leave none; evaluations are each of
+# another size. Measured, by the runs of docs/advice.md. On a GPU an assumption.
+HOLES = {"backward": 0.6, "evaluation": 1.0}
+CUDA_HOLES = 0.08
 SEGMENT = 2 << 20  # bytes that PyTorch's allocator asks a GPU for, at least
-# Expected within these shares of the prediction; docs/advice.md has the errors.
-MEMORY_INTERVAL = 0.05
+# Expected within this share of the prediction; docs/advice.md has the errors.
+MEMORY_INTERVAL = 0.08
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Predictor:
             round(peak * (1 - MEMORY_INTERVAL)),
             round(peak * (1 + MEMORY_INTERVAL)),
             moment,
-            self._while_loading(),
+            self._while_loading(choice),
             *seconds,
         )
 
@@ -135,47 +134,42 @@ class Predictor:
         changed = held.base_weights if choice.method == "full" else held.lora + held.head
         moments = {
             "backward": one.training.peak(trained.examples, rank, trained.tokens, cuda),
-            "optimizer": Peak(changed, {"gradients": changed}),
         }
         if evaluated is not None:
             moments["evaluation"] = one.evaluation.peak(
                 evaluated.examples, rank, evaluated.tokens, cuda
             )
-        moment = max(moments, key=lambda name: moments[name].total)
+        free = {
+            name: (CUDA_HOLES if cuda else HOLES[name])
+            * (peak.total - (0 if cuda else peak.parts["gradients"]))
+            for name, peak in moments.items()
+        }
+        moment = max(moments, key=lambda name: moments[name].total + free[name])
         peak = moments[moment]
         terms = {
             "base_weights": held.base_weights,
             "quantisation_state": held.quantisation_state,
             "adapters": held.lora + held.head,
-            "gradients": peak.parts.get("gradients", 0),
+            "gradients": peak.parts["gradients"],
             "optimizer_state": STATES * changed,
-            "activations": peak.parts.get("activations", 0),
-            "dequant_workspace": peak.parts.get("dequant_workspace", 0),
-            "other": held.other + peak.parts.get("other", 0),
+            "activations": peak.parts["activations"],
+            "dequant_workspace": peak.parts["dequant_workspace"],
+            "other": held.other + peak.parts["other"],
         }
-        if cuda:
-            terms["allocator"] = round(CUDA_SLACK * peak.total) + SEGMENT
-            terms["process"] = device.context_bytes
-        else:
-            moving = peak.total - terms["gradients"]
-            terms["allocator"] = round(HOLES * moving + LOADED * self._loaded(choice))
-            terms["process"] = self.subject.learnt.process_bytes(choice)[0]
+        terms["allocator"] = round(free[moment]) + (SEGMENT if cuda else 0)
+        terms["process"] = self.subject.learnt.process_bytes(choice)[0]
         return terms, moment
 
-    def _while_loading(self) -> int:
+    def _while_loading(self, choice: Choice) -> int:
         """Of a CPU's process: the file that is read through memory, and fp32 weights made of it.
 
-        They are rounded or quantised only once all are there.
+        Those that are adapted are looked at, and rounded or quantised, once all are there; those
+        that are all trained come page by page, when training does.
         """
         subject, device = self.subject, self.subject.device
-        if device.kind == "cuda":
+        if device.kind == "cuda" or choice.method == "full":
             return 0
         return device.process_bytes + (subject.shape.stored_bytes + 4) * subject.facts.parameters
-
-    def _loaded(self, choice: Choice) -> int:
-        """Bytes of fp32 weights that are loaded, and then held in another form."""
-        rounded = choice.method == "lora" and choice.precision != "fp32"
-        return 4 * self.subject.facts.parameters if rounded or choice.method == "qlora" else 0
 
     def _seconds(self, one: Profile, choice: Choice, trained: Size) -> tuple[float | None, ...]:
         subject, device = self.subject, self.subject.device

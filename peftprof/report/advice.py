@@ -24,7 +24,7 @@ NAMES = {
     "allocator": "allocator",
     "process": "process or context",
 }
-WHEN = {"backward": "in a step", "optimizer": "at the optimizer", "evaluation": "in evaluation"}
+WHEN = {"backward": "in a step", "evaluation": "in evaluation"}
 SHOWN = 12
 
 

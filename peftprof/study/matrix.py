@@ -286,9 +286,11 @@ def _kind(cell: Cell) -> str:
 
 
 def _left(cells: Sequence[Cell], took: Mapping[str, Sequence[float]]) -> float | None:
-    """Seconds that these cells will take, by those that are behind; None before the first."""
+    """Seconds that these cells will take, by those that are behind; None before the first, or
+    where there are none.
+    """
     everything = [seconds for times in took.values() for seconds in times]
-    if not everything:
+    if not everything or not cells:
         return None
     usual = statistics.mean(everything)
     return sum(statistics.mean(took[_kind(c)]) if _kind(c) in took else usual for c in cells)

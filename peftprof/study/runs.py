@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftprof.errors import ConfigError
+from peftprof.errors import ConfigError, StudyError
 from peftprof.run.launch import launched
 from peftprof.studies import Judged
 from peftprof.study import claims, matrix, results
@@ -46,6 +46,8 @@ class Opened:
 
         Whole studies hold the folder for themselves; single cells may run side by side, as a
         scheduler starts them, each holding its run's folder.
+
+        Raises StudyError where one of `only` has failed, now or before.
         """
         cells = matrix.Matrix(self.folder, self.stored, watcher)
         with _held(self.folder, not only):
@@ -53,6 +55,9 @@ class Opened:
                 for name in only or self.names():
                     self.folder.forgive(name)
             cells.run(only)
+        for name in only:  # a scheduler goes by the exit code
+            if (why := self.folder.failure(name)) is not None:
+                raise StudyError(f"{name} failed: {why}; --again tries it once more")
 
     def judge(self) -> Judged:
         """The raw results written out, and all that follows from them."""

@@ -138,12 +138,15 @@ def test_runs_correct_predictions_of_their_own_kind(subject):
     assert none.step(choice)[2] == none.process_bytes(choice)[1] == 0
     many = Lessons(board, tuple(compared(str(i), 2 + i / 10, i) for i in range(5)))
     factor, off, runs = many.step(choice)
-    assert (factor, runs) == (2.2, 5)
+    # The median of five is 2.2; 1.4, which is so without any run, counts as one more.
+    assert (factor, runs) == (pytest.approx((1.4 * 2.2**5) ** (1 / 6)), 5)
     assert off >= lessons.LEAST_INTERVAL
-    assert many.process_bytes(choice)[0] == 102
+    assert many.process_bytes(choice)[0] == round(
+        (board.process_bytes + lessons.MORE + 5 * 102) / 6
+    )
     other = Choice("full", 8, 16, "fp32", False, "torch")
     assert many.step(other)[2] == many.process_bytes(other)[1] == 0  # another way of computing
-    assert many.step(dataclasses.replace(choice, rank=4, batch_size=1))[0] == 2.2
+    assert many.step(dataclasses.replace(choice, rank=4, batch_size=1)) == many.step(choice)
     assert many.without("2026 0").step(choice)[2] == 4
 
 
@@ -153,7 +156,7 @@ def test_runs_that_corrected_are_said_with_what_they_taught(subject):
     taught = dataclasses.replace(subject, lessons=Lessons(subject.device, (run,)))
     wanted = Wanted(("qlora",), (8,), (1,), ("bf16",), (False,), ("triton",))
     (said,) = (t for t in advisor.advise(taught, 24 * GIB, wanted).basis if "learnt" in t)
-    assert "1.50 times" in said
+    assert "1.45 times" in said or "1.22 times" in said  # 1.4 on a CPU, 1 on a GPU, and 1.5
     assert "1 run of" in said
 
 
@@ -167,7 +170,23 @@ def test_evaluation_may_be_the_peak(subject):
     assert beside.peak_bytes > without.peak_bytes
     assert beside.terms["gradients"] == beside.terms["activations"] == 0
     assert one.predict(choice, here, Size(1, 64)) == without
-    assert one.predict(Choice("full", 8, 1, "fp32", False, "torch")).moment == "optimizer"
+
+
+def test_what_loading_takes_must_fit_too(subject):
+    board = dataclasses.replace(subject, device=devices.find("raspberry pi 5 8gb"))
+    wanted = Wanted(("qlora",), (8,), (1,), ("fp32",), (False,), ("torch",))
+    (one,) = advisor.advise(board, 8 * GIB, wanted).predictions
+    # A file of fp32, and fp32 weights made of it.
+    rest = one.loading_bytes - board.device.process_bytes
+    assert rest == 8 * board.facts.parameters
+    stored = dataclasses.replace(
+        board.shape, values=board.shape.values | {"torch_dtype": "bfloat16"}
+    )
+    half = Predictor(dataclasses.replace(board, shape=stored)).predict(one.choice)
+    assert half.loading_bytes == board.device.process_bytes + 6 * board.facts.parameters
+    big = dataclasses.replace(one, loading_bytes=9 * GIB)
+    assert big.needed_bytes == 9 * GIB
+    assert dataclasses.replace(one, loading_bytes=1).needed_bytes == one.high_bytes
 
 
 def test_what_was_learnt_is_kept_and_a_damaged_line_is_passed_over(tmp_path, monkeypatch):

@@ -77,6 +77,15 @@ def test_what_is_absent_says_so():
     assert "breakdown" not in text
 
 
+def test_more_that_was_held_while_loading_is_said():
+    memory = dataclasses.replace(RECORD.memory, loading_bytes=4 * 2**30)
+    assert "4096 MiB while the model was loaded" in shown(
+        dataclasses.replace(RECORD, memory=memory)
+    )
+    memory = dataclasses.replace(RECORD.memory, loading_bytes=2**30)
+    assert "was loaded" not in shown(dataclasses.replace(RECORD, memory=memory))
+
+
 def test_a_picture_is_written_whole(tmp_path):
     console = Console(file=io.StringIO(), width=80, record=True)
     console.print(render(RECORD, Path("traces/run")))

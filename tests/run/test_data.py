@@ -214,7 +214,7 @@ def test_labels_of_odd_digits(tmp_path):
 def test_broken_json_says_what_is_broken(tmp_path, capfd):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text": ')
-    runner._quiet_libraries()
+    runner.quiet_libraries()
     with pytest.raises(InputError, match="cannot be read") as raised:
         data.load(config(dataset=str(path)))
     assert "JSON" in str(raised.value)

@@ -50,7 +50,7 @@ def test_a_study_is_run_judged_and_nothing_twice(opened, recipe, heard, in_proce
     assert heard.begun == (3, 0)
     assert all(re.fullmatch(r"accuracy \d+\.\d %", what) for what in heard.what.values())
     assert heard.left[0] is None
-    assert heard.left[-1] == 0
+    assert heard.left[-1] is None  # nothing is left
     assert all(left is not None and left >= 0 for left in heard.left[1:])
     assert [what for what, _, _ in heard.passes] == ["training"] * 3
     assert not list((study.folder.path / "logs").iterdir())
@@ -135,6 +135,8 @@ def test_a_failure_that_is_over_is_forgotten_by_again(opened, recipe, heard):
     study.folder.fail("full-s1", "out of memory")
     study.run(heard)
     assert heard.cells == NAMES[1:]
+    with pytest.raises(StudyError, match="full-s1 failed: out of memory; --again"):
+        study.run(heard, only=("full-s1",))  # a scheduler must hear of it
     study.run(heard, only=("full-s1",), again=True)
     assert heard.cells == [*NAMES[1:], "full-s1"]
     complete(study)
