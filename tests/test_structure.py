@@ -49,7 +49,7 @@ FLOORS = {
     "peftprof.cli": LOW
     | {"peftprof.run", "peftprof.report", "peftprof.trace", "peftprof.study"}
     | {"peftprof.cli_advise", "peftprof.cli_calibrate", "peftprof.cli_infer"},
-    "peftprof.__main__": {"peftprof.cli"},
+    "peftprof.__main__": {"peftprof.cli", "peftprof.cli_advise"},
     "peftprof": set(),
 }
 
