@@ -27,7 +27,7 @@ class Checker:
     device: Calibration
     lessons: Lessons
     with_parts: bool = True
-    _shapes: dict[str, Shape] = field(default_factory=dict)
+    _shapes: dict[tuple[str, int], Shape] = field(default_factory=dict)
     _predictors: dict[tuple[object, ...], Predictor] = field(default_factory=dict)
 
     def check(self, folder: Path) -> CheckedRun:
@@ -96,9 +96,10 @@ class Checker:
         return predictor.predict(choice, Size(samples, tokens / samples), most)
 
     def _predictor(self, record: RunRecord, config: RunConfig) -> Predictor:
-        key = (config.model, config.padding, config.device, config.target_modules)
+        shape = self._shape(record, config)
+        of_run = (config.padding, config.device, config.target_modules, config.dropout)
+        key = (config.model, shape.labels, *of_run)
         if key not in self._predictors:
-            shape = self._shape(record, config)
             targets = config.target_modules or record.target_modules
             subject = Subject(
                 shape,
@@ -115,9 +116,10 @@ class Checker:
 
     def _shape(self, record: RunRecord, config: RunConfig) -> Shape:
         labels = len(record.data.labels) if record.data else 2
-        if config.model not in self._shapes:
-            self._shapes[config.model] = shapes.find(config.model, labels)
-        return self._shapes[config.model]
+        key = (config.model, labels)
+        if key not in self._shapes:
+            self._shapes[key] = shapes.find(config.model, labels)
+        return self._shapes[key]
 
     def _parts(
         self,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from peftprof.advice import Choice, Prediction
 from peftprof.advise import kept
-from peftprof.advise.blueprint import Facts
+from peftprof.advise.blueprint import Facts, Held
 from peftprof.advise.lessons import Lessons
 from peftprof.advise.profile import Profile
 from peftprof.advise.shapes import Shape
@@ -131,7 +131,7 @@ class Predictor:
         device, rank = self.subject.device, choice.rank
         cuda = device.kind == "cuda"
         held = one.holds(rank)
-        changed = held.base_weights if choice.method == "full" else held.lora + held.head
+        changed = _changed(held, choice)
         moments = {
             "backward": one.training.peak(trained.examples, rank, trained.tokens, cuda),
         }
@@ -176,10 +176,15 @@ class Predictor:
         if choice.precision not in device.dtypes:
             return (None,) * 6
         held = one.holds(choice.rank)
-        changed = held.base_weights if choice.method == "full" else held.lora + held.head
+        changed = _changed(held, choice)
         factor, off, _ = subject.learnt.step(choice)
         spent = factor * one.work.seconds(
             device, trained.examples, choice.rank, trained.tokens, changed / 4
         )
         total = float(spent.sum())
         return (*map(float, spent), total / (1 + off), total * (1 + off), factor)
+
+
+def _changed(held: Held, choice: Choice) -> int:
+    """Bytes of what is trained."""
+    return held.base_weights if choice.method == "full" else held.lora + held.head
