@@ -58,7 +58,7 @@ def render(advice: Advice, every: bool = False) -> RenderableType:
 def _choices(advice: Advice, every: bool) -> Table:
     shown = table()
     shown.add_column("method", no_wrap=True)
-    shown.add_column("kernels")
+    shown.add_column("kernels", no_wrap=True)
     for name in ("rank", "batch"):
         shown.add_column(name, justify="right")
     shown.add_column("prec.")
@@ -67,7 +67,7 @@ def _choices(advice: Advice, every: bool) -> Table:
     unit, size = unit_of(max(prediction.peak_bytes for prediction in rows))
     for name in (f"peak, {unit}", "step", "samples/s"):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("")
+    shown.add_column("fits")
     for prediction in rows:
         c = prediction.choice
         full = c.method == "full"
@@ -82,7 +82,7 @@ def _choices(advice: Advice, every: bool) -> Table:
             size(prediction.peak_bytes),
             _seconds(prediction.step_s),
             "?" if prediction.samples_per_s is None else f"{prediction.samples_per_s:.3g}",
-            "" if fits else "too large",
+            "" if fits else "no",
             style="" if fits else "bright_black",
         )
     return shown
